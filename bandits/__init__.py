@@ -1,0 +1,1 @@
+"""Decision makers: events, log, registry, policies, learners. No torch."""

@@ -1,0 +1,237 @@
+"""Validated arrays of a log, and the one error that says what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FloatArray: TypeAlias = NDArray[np.float64]
+IntArray: TypeAlias = NDArray[np.int64]
+BoolArray: TypeAlias = NDArray[np.bool_]
+
+SUM_TOLERANCE = 1e-6
+"""How far from one the probabilities of a row may sum: float32 vectors pass, forgotten actions do not."""
+
+
+class DataError(ValueError):
+    """Input that cannot be evaluated: where it was found, what was expected and what to do about it.
+
+    `column` is the field of `LoggedData` (or the argument) until `located` puts the name of a file's column in its place.
+    """
+
+    def __init__(self, column: str, found: str, expected: str, remedy: str, *, row: int | None = None, source: str | None = None):
+        self.column, self.found, self.expected, self.remedy, self.row, self.source = column, found, expected, remedy, row, source
+        place = ", ".join(
+            part for part in (source, f"column {column!r}" if column else "", f"row {row}" if row is not None else "") if part
+        )
+        super().__init__(f"{place}: found {found}; expected {expected}. {remedy}")
+
+    def located(self, source: str, columns: Mapping[str, str]) -> DataError:
+        """The same error, naming the file it came from and that file's own column name."""
+        name = columns.get(self.column, self.column)
+        return DataError(name, self.found, self.expected, self.remedy, row=self.row, source=source)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoggedData:
+    """A log of n decisions; arrays are checked once, here, and kept without a copy where their dtype allows.
+
+    Raises DataError for anything that could not have come from a sampler that logged what it did.
+    """
+
+    action: IntArray
+    """(n,) index of the action taken, 0 <= action < k."""
+    reward: FloatArray
+    """(n,) finite."""
+    propensity: FloatArray
+    """(n,) probability with which the logging policy took the logged action, in (0, 1]."""
+    context: FloatArray | None = None
+    """(n, d) features that reward models may use."""
+    propensities: FloatArray | None = None
+    """(n, k) the whole vector of the logging policy, where it was logged."""
+    eligible: BoolArray | None = None
+    """(n, k) actions that could have been taken; None means all of them."""
+    action_features: FloatArray | None = None
+    """(n, k, p)"""
+    sample_weight: FloatArray | None = None
+    """(n,) positive: how many rows each row stands for, such as 1 / probability that the record was kept."""
+    cluster: NDArray[Any] | None = None
+    """(n,) the unit (user, card, device) that was randomised; rows of one cluster are not independent."""
+    rewards: Mapping[str, FloatArray] = field(default_factory=dict)
+    """Further rewards by name, each (n,); `with_reward` selects one."""
+    propensity_estimated: bool = False
+    """True if propensities were estimated afterwards rather than logged: verdicts are then at most `caution`."""
+
+    def __post_init__(self) -> None:
+        action = np.asarray(self.action)
+        if action.ndim != 1:
+            raise DataError("action", f"shape {action.shape}", "one action index per row, shape (n,)", "Pass a flat array.")
+        if action.size == 0:
+            raise DataError("action", "an empty log", "at least one row", "Check the filter or the date that selected it.")
+        if action.dtype.kind not in "iu":
+            raise DataError(
+                "action", f"dtype {action.dtype}", "integer action indices", "Map labels to 0..k-1, or cast with .astype(int)."
+            )
+        n = len(action)
+        columns: dict[str, Any] = {"action": action.astype(np.int64, copy=False)}
+        _reject_rows("action", action, action >= 0, "an index of at least 0", "Map action labels to 0..k-1.")
+        columns["reward"] = _floats("reward", self.reward, (n,))
+        _reject_rows(
+            "reward", columns["reward"], np.isfinite(columns["reward"]), "a finite reward",
+            "Drop rows whose reward is not known yet; an unknown reward is not 0.",
+        )  # fmt: skip
+        columns["propensity"] = checked_propensity("propensity", self.propensity, n)
+        k = self._width()
+        for name in ("propensities", "eligible", "action_features"):
+            if getattr(self, name) is not None and k is not None and np.ndim(getattr(self, name)) >= 2:
+                highest = int(action.max())
+                if highest >= k:
+                    row = int(np.argmax(action >= k))
+                    raise DataError(
+                        "action", f"action {int(action[row])}", f"an index below k = {k}, the width of {name}",
+                        "Widen the vectors or map the labels again.", row=row,
+                    )  # fmt: skip
+        if self.eligible is not None:
+            columns["eligible"] = self._checked_eligible(columns["action"], n)
+        if self.propensities is not None:
+            columns["propensities"] = checked_distribution(
+                "propensities", self.propensities, n, columns.get("eligible"), slice(0, n)
+            )
+        if self.context is not None:
+            context = np.asarray(self.context, dtype=np.float64)
+            columns["context"] = _floats("context", context[:, None] if context.ndim == 1 else context, (n, None))
+        if self.action_features is not None:
+            columns["action_features"] = _floats("action_features", self.action_features, (n, None, None))
+        if self.sample_weight is not None:
+            weight = _floats("sample_weight", self.sample_weight, (n,))
+            _reject_rows(
+                "sample_weight", weight, np.isfinite(weight) & (weight > 0), "a positive, finite weight", "Drop rows of weight 0."
+            )
+            columns["sample_weight"] = weight
+        if self.cluster is not None:
+            columns["cluster"] = np.asarray(self.cluster)
+            if columns["cluster"].shape != (n,):
+                raise DataError("cluster", f"shape {columns['cluster'].shape}", f"shape ({n},)", "Pass one unit id per row.")
+        if self.rewards:
+            columns["rewards"] = {name: _floats(f"rewards[{name!r}]", values, (n,)) for name, values in self.rewards.items()}
+        for name, value in columns.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def n(self) -> int:
+        """Number of rows."""
+        return len(self.action)
+
+    def with_reward(self, name: str) -> LoggedData:
+        """The same log, valued by the reward `name`. Raises DataError for an unknown name."""
+        if name not in self.rewards:
+            raise DataError("rewards", f"no reward {name!r}", f"one of {sorted(self.rewards)}", "Name a reward of this log.")
+        return replace(self, reward=self.rewards[name])
+
+    def take(self, rows: NDArray[Any] | slice) -> LoggedData:
+        """The log of the given rows: an index array, a boolean mask or a slice."""
+        arrays = {
+            name: getattr(self, name)[rows]
+            for name in self.__dataclass_fields__
+            if name not in ("rewards", "propensity_estimated") and getattr(self, name) is not None
+        }
+        return replace(self, **arrays, rewards={name: values[rows] for name, values in self.rewards.items()})
+
+    def _width(self) -> int | None:
+        for array in (self.propensities, self.eligible, self.action_features):
+            if array is not None and np.ndim(array) >= 2:
+                return int(np.shape(array)[1])
+        return None
+
+    def _checked_eligible(self, action: IntArray, n: int) -> BoolArray:
+        eligible = np.asarray(self.eligible)
+        if eligible.dtype.kind != "b" or eligible.ndim != 2 or len(eligible) != n:
+            raise DataError(
+                "eligible", f"{eligible.dtype} of shape {eligible.shape}", f"booleans of shape ({n}, k)", "True means eligible."
+            )
+        inside = eligible[np.arange(n), action]
+        _reject_rows(
+            "action", action, inside, "an action inside the row's eligible set",
+            "Log the eligible set that the sampler really used.",
+        )  # fmt: skip
+        return eligible
+
+
+def checked_propensity(column: str, propensity: ArrayLike, n: int, *, target: bool = False, first_row: int = 0) -> FloatArray:
+    """Probabilities of logged actions (n,), each in (0, 1]; those of a target may be 0. Raises DataError at the first other."""
+    values = _floats(column, propensity, (n,))
+    low, high = float(values.min()), float(values.max())
+    if not ((low >= 0 if target else low > 0) and high <= 1 + 1e-9):       # NaN fails both comparisons
+        good = ((values >= 0) if target else (values > 0)) & (values <= 1 + 1e-9)
+        remedy = (
+            "Give the probability with which the policy takes the logged action."
+            if target
+            else "Log the probability of the action that was really served; where it is unknown, drop the row or estimate it, "
+            "never fill in 1."
+        )
+        _reject_rows(column, values, good, f"a probability in {'[' if target else '('}0, 1]", remedy, first_row)
+    return values
+
+
+def checked_distribution(
+    column: str, vectors: ArrayLike, n: int, eligible: BoolArray | None, rows: slice
+) -> FloatArray:
+    """Rows of probabilities (n, k): none negative, each summing to one, nothing on ineligible actions.
+
+    `rows` is the part of the log, and of `eligible`, that the vectors belong to. Raises DataError at the first other row.
+    """
+    first_row: int = rows.start
+    values = np.asarray(vectors, dtype=np.float64)
+    if values.ndim != 2 or len(values) != n:
+        raise DataError(column, f"shape {values.shape}", f"({n}, k): one probability per action and row", "Pass whole vectors.")
+    total = values @ np.ones(values.shape[1])
+    good = np.abs(total - 1) <= SUM_TOLERANCE                              # NaN and infinity are not close to one
+    if not good.all():
+        row = int(np.argmin(good))
+        raise DataError(
+            column, f"a row that sums to {total[row]:.6g}", f"probabilities that sum to 1 within {SUM_TOLERANCE:g}",
+            "Normalise over the eligible actions of the row.", row=first_row + row,
+        )  # fmt: skip
+    if values.min() < 0:
+        row, action = (int(i) for i in np.argwhere(values < 0)[0])
+        raise DataError(
+            column, f"{values[row, action]:.6g} for action {action}", "probabilities of at least 0", "Mend the policy.",
+            row=first_row + row,
+        )  # fmt: skip
+    if eligible is not None:
+        allowed = eligible[rows]
+        if allowed.shape != values.shape:
+            raise DataError(
+                column, f"{values.shape[1]} actions", f"k = {allowed.shape[1]}, as in `eligible`", "Use one k for the whole log."
+            )
+        if np.any((values > 0) & ~allowed):
+            row, action = (int(i) for i in np.argwhere((values > 0) & ~allowed)[0])
+            raise DataError(
+                column, f"probability {values[row, action]:.6g} on ineligible action {action}", "0 on every ineligible action",
+                "Mask before normalising.", row=first_row + row,
+            )  # fmt: skip
+    return values
+
+
+def _floats(column: str, values: ArrayLike, shape: tuple[int | None, ...]) -> FloatArray:
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(column, f"values that are not numbers ({error})", "numbers", "Convert the column first.") from None
+    if array.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, array.shape, strict=True)):
+        wanted = "(" + ", ".join("any" if want is None else str(want) for want in shape) + ("," if len(shape) == 1 else "") + ")"
+        raise DataError(column, f"shape {array.shape}", f"shape {wanted}", "Pass one entry per row of the log.")
+    return array
+
+
+def _reject_rows(
+    column: str, values: NDArray[Any], good: BoolArray, expected: str, remedy: str, first_row: int = 0
+) -> None:
+    """Raise DataError at the first row that is not good."""
+    if not good.all():
+        row = int(np.argmin(good))
+        raise DataError(column, f"{values[row]!s}", expected, remedy, row=first_row + row)

@@ -1,0 +1,43 @@
+"""From rows to one number: masked sums, explicit denominators, and a division that waits for every machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from ope.primitives._xp import Array, namespace, same_shape
+from ope.primitives.terms import Terms
+
+
+def masked_sum(values: Array, mask: Array, axis: int | None = None) -> Array:
+    """Σ of `values` where `mask` is True. What is masked out may be anything, NaN included."""
+    xp = namespace(values, mask)
+    same_shape(values=values, mask=mask)
+    return xp.sum(xp.where(mask, values, xp.zeros_like(values)), axis=axis)
+
+
+def reduce_terms(values: Array, mask: Array, *, scope: Literal["token", "sequence"]) -> Terms:
+    """Numerator and denominator of a masked mean of token values (B, T), each a scalar.
+
+    "token": every counted token weighs the same. "sequence": every sequence with a counted token weighs the same.
+    Which one is meant changes results more than most methods do, so it is never a default.
+    """
+    xp = namespace(values, mask)
+    same_shape(values=values, mask=mask)
+    length = xp.sum(xp.astype(mask, values.dtype), axis=-1)
+    total = masked_sum(values, mask, axis=-1)
+    if scope == "token":
+        return Terms(xp.sum(total), xp.sum(length))
+    if scope == "sequence":
+        return Terms(xp.sum(total / xp.clip(length, 1.0, None)), xp.sum(xp.astype(length > 0, values.dtype)))
+    raise ValueError(f"found scope {scope!r}, expected 'token' or 'sequence'")
+
+
+def divide(terms: Terms, all_sum: Callable[[Array], Array] = lambda x: x) -> Array:
+    """num / den after `all_sum` added each over machines: sums are exact where averages of averages are not.
+
+    An empty denominator gives 0, so that a batch without a counted row changes nothing.
+    """
+    xp = namespace(terms.num)
+    num, den = all_sum(terms.num), all_sum(terms.den)
+    return xp.where(den > 0, num / xp.where(den > 0, den, xp.ones_like(den)), xp.zeros_like(num))

@@ -1,0 +1,4 @@
+"""Propel's front door."""
+
+
+def main() -> None: ...

@@ -1,0 +1,1 @@
+"""LLM, control, imitation and generative learning on torch, on the estimator primitives of `ope`."""

@@ -1,0 +1,1 @@
+"""The online decision service: HTTP, the relay to Kafka, pages for people."""
