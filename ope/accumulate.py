@@ -30,6 +30,7 @@ class Candidate:
 
     label: str
     target: Target
+    estimators: tuple[Estimator, ...]
     q: FloatArray | None = None
 
 
@@ -61,12 +62,11 @@ class Accumulated:
 def accumulate(
     data: LoggedData,
     candidates: Sequence[Candidate],
-    estimators: Sequence[Estimator],
     *,
     baseline: Target | None = None,
     block_seed: int | None = None,
 ) -> Accumulated:
-    """Sum the term columns of every candidate and estimator over the rows of a log.
+    """Sum the term columns of every candidate's estimators over the rows of a log.
 
     Rows of one cluster are summed before anything is squared. With a `block_seed`, sums over the bootstrap's blocks
     are kept as well. Raises DataError for a target that is not a policy on this log.
@@ -82,7 +82,7 @@ def accumulate(
         for candidate, weight in zip(candidates, kept, strict=True):
             arrays = rows_of(data, candidate, baseline, rows)
             weight[rows] = arrays.weight
-            columns += [estimator.terms(arrays) for estimator in (*estimators, WeightMean())]
+            columns += [estimator.terms(arrays) for estimator in (*candidate.estimators, WeightMean())]
         widths = [column.shape[1] for column in columns]
         chunk = counted(np.concatenate(columns, axis=1), None if data.sample_weight is None else data.sample_weight[rows])
         if not clusters:
@@ -91,7 +91,7 @@ def accumulate(
             part = sum_by_code(chunk, block[rows], blocks)
             sums = part if not sums.size else sums + part
     whole = Moments.of(sums) if moments is None else moments
-    return _accumulated(candidates, estimators, widths, Stack((), whole, sums), kept)
+    return _accumulated(candidates, widths, Stack((), whole, sums), kept)
 
 
 def rows_of(data: LoggedData, candidate: Candidate, baseline: Target | None, rows: slice) -> Rows:
@@ -171,15 +171,12 @@ def _chunks(data: LoggedData, candidates: Sequence[Candidate]) -> Iterator[slice
         yield slice(start, min(start + size, data.n))
 
 
-def _accumulated(
-    candidates: Sequence[Candidate], estimators: Sequence[Estimator], widths: list[int], sums: Stack, kept: list[FloatArray]
-) -> Accumulated:
+def _accumulated(candidates: Sequence[Candidate], widths: list[int], sums: Stack, kept: list[FloatArray]) -> Accumulated:
     """Name the columns of `sums`: estimates in one stack, mean weights in another, both on the same moments."""
-    several = len(estimators) > 1
     named = [
-        (f"{candidate.label}: {estimator}" if several else candidate.label, estimator)
+        (f"{candidate.label}: {estimator}" if len(candidate.estimators) > 1 else candidate.label, estimator)
         for candidate in candidates
-        for estimator in (*estimators, WeightMean())
+        for estimator in (*candidate.estimators, WeightMean())
     ]
     parts = parts_of([(label, estimator, width) for (label, estimator), width in zip(named, widths, strict=True)])
     return Accumulated(

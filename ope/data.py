@@ -161,6 +161,18 @@ class LoggedData:
         return eligible
 
 
+def assign_folds(data: LoggedData, folds: int, seed: int) -> IntArray:
+    """Fold of each row (n,), folds of equal size to within one; the rows of a cluster stay together.
+
+    Raises ValueError where there are fewer rows, or clusters, than folds.
+    """
+    unit = np.arange(data.n) if data.cluster is None else np.unique(data.cluster, return_inverse=True)[1]
+    units = int(unit.max()) + 1
+    if not 2 <= folds <= units:
+        raise ValueError(f"found {folds} folds for {units} independent units; expected between 2 and {units}")
+    return np.random.default_rng(seed).permutation(np.arange(units) % folds)[unit]
+
+
 def checked_propensity(column: str, propensity: ArrayLike, n: int, *, target: bool = False, first_row: int = 0) -> FloatArray:
     """Probabilities of logged actions (n,), each in (0, 1]; those of a target may be 0. Raises DataError at the first other."""
     values = _floats(column, propensity, (n,))

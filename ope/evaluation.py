@@ -85,13 +85,13 @@ def evaluate(
         raise ValueError(f"found level={level}; expected a coverage between 0 and 1, such as 0.95")
     target, q, baseline = _array(target), None if q is None else np.asarray(q), None if baseline is None else _array(baseline)
     chosen = _chosen(estimators, q is not None and not _scalar(target, data), baseline is not None)
-    kind, candidate = interval_named(interval), Candidate("target", target, q)
+    kind, candidate = interval_named(interval), Candidate("target", target, chosen, q)
     checked_shapes(data, candidate, baseline)
     _check_needs(chosen, candidate, data, baseline)
     if isinstance(kind, EmpiricalBernstein):
         kind.check_log(data, q, chosen)
     seed = kind.seed if isinstance(kind, Bootstrap) else None
-    sums = accumulate(data, [candidate], chosen, baseline=baseline, block_seed=seed)
+    sums = accumulate(data, [candidate], baseline=baseline, block_seed=seed)
     if isinstance(kind, EmpiricalBernstein):
         kind.check_weights(sums.weights[0])
     weight = candidate_diagnostics(data, sums)[0]
@@ -203,7 +203,7 @@ def _check_needs(chosen: Sequence[Estimator], candidate: Candidate, data: Logged
 
 
 def _baseline_diagnostics(data: LoggedData, baseline: Target) -> Diagnostics:
-    return candidate_diagnostics(data, accumulate(data, [Candidate("baseline", baseline)], ()))[0]
+    return candidate_diagnostics(data, accumulate(data, [Candidate("baseline", baseline, ())]))[0]
 
 
 def _array(target: Target) -> Target:
