@@ -1,0 +1,1 @@
+"""Speed and memory against a written floor; never run by the tests."""

@@ -29,9 +29,7 @@ def generate(rounds: int, actions: int, folder: Path) -> None:
     step = 100_000
     shapes = {"action": (rounds,), "reward": (rounds,), "propensity": (rounds,), "pi": (rounds, actions), "q": (rounds, actions)}
     files: dict[str, Any] = {
-        name: np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
-            folder / f"{name}.npy", "w+", np.int64 if name == "action" else np.float64, shape
-        )
+        name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.int64 if name == "action" else np.float64, shape)
         for name, shape in shapes.items()
     }
     for start in range(0, rounds, step):

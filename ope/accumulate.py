@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 
-from ope.data import DataError, FloatArray, IntArray, LoggedData, checked_distribution, checked_propensity
+from ope.data import DataError, FloatArray, IntArray, LoggedData, checked_distribution, checked_propensity, checked_width
 from ope.estimators import Estimator, Needs, Rows, mean_gradient, mean_value
 from ope.moments import Moments, counted, sum_by_code
 from ope.primitives import terms, weights
@@ -44,6 +44,7 @@ class WeightMean:
     value, gradient = mean_value, mean_gradient
 
     def terms(self, rows: Rows) -> FloatArray:
+        """Column (w)."""
         return terms.dm(rows.weight)
 
 
@@ -133,12 +134,7 @@ def checked_shapes(data: LoggedData, candidate: Candidate, baseline: Target | No
                     name, f"shape {array.shape}", f"shape ({data.n}, {k}): one entry per row and action",
                     "Use one row order and one set of actions throughout.",
                 )  # fmt: skip
-            if int(data.action.max()) >= array.shape[1]:
-                row = int(np.argmax(data.action >= array.shape[1]))
-                raise DataError(
-                    "action", f"action {int(data.action[row])}", f"an index below k = {array.shape[1]}, the width of {name}",
-                    f"Widen {name}, or map the actions to 0..k-1.", row=row,
-                )  # fmt: skip
+            checked_width(name, data.action, int(array.shape[1]))
 
 
 def _probabilities(name: str, target: Target, data: LoggedData, rows: slice) -> tuple[FloatArray, FloatArray | None]:

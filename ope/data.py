@@ -67,57 +67,38 @@ class LoggedData:
     """True if propensities were estimated afterwards rather than logged: verdicts are then at most `caution`."""
 
     def __post_init__(self) -> None:
-        action = np.asarray(self.action)
-        if action.ndim != 1:
-            raise DataError("action", f"shape {action.shape}", "one action index per row, shape (n,)", "Pass a flat array.")
-        if action.size == 0:
-            raise DataError("action", "an empty log", "at least one row", "Check the filter or the date that selected it.")
-        if action.dtype.kind not in "iu":
-            raise DataError(
-                "action", f"dtype {action.dtype}", "integer action indices", "Map labels to 0..k-1, or cast with .astype(int)."
-            )
+        action = _checked_action(self.action)
         n = len(action)
-        columns: dict[str, Any] = {"action": action.astype(np.int64, copy=False)}
-        _reject_rows("action", action, action >= 0, "an index of at least 0", "Map action labels to 0..k-1.")
-        columns["reward"] = _floats("reward", self.reward, (n,))
-        _reject_rows(
-            "reward", columns["reward"], np.isfinite(columns["reward"]), "a finite reward",
-            "Drop rows whose reward is not known yet; an unknown reward is not 0.",
-        )  # fmt: skip
-        columns["propensity"] = checked_propensity("propensity", self.propensity, n)
-        k = self._width()
-        for name in ("propensities", "eligible", "action_features"):
-            if getattr(self, name) is not None and k is not None and np.ndim(getattr(self, name)) >= 2:
-                highest = int(action.max())
-                if highest >= k:
-                    row = int(np.argmax(action >= k))
-                    raise DataError(
-                        "action", f"action {int(action[row])}", f"an index below k = {k}, the width of {name}",
-                        "Widen the vectors or map the labels again.", row=row,
-                    )  # fmt: skip
+        columns: dict[str, Any] = {
+            "action": action,
+            "reward": checked_finite("reward", self.reward, (n,), "Drop rows whose reward is not known yet; unknown is not 0."),
+            "propensity": checked_propensity("propensity", self.propensity, n),
+        }
         if self.eligible is not None:
-            columns["eligible"] = self._checked_eligible(columns["action"], n)
+            columns["eligible"] = _checked_eligible(self.eligible, action)
         if self.propensities is not None:
             columns["propensities"] = checked_distribution(
                 "propensities", self.propensities, n, columns.get("eligible"), slice(0, n)
             )
+            checked_width("propensities", action, columns["propensities"].shape[1])
         if self.context is not None:
-            context = np.asarray(self.context, dtype=np.float64)
+            context = np.asarray(self.context)
             columns["context"] = _floats("context", context[:, None] if context.ndim == 1 else context, (n, None))
         if self.action_features is not None:
             columns["action_features"] = _floats("action_features", self.action_features, (n, None, None))
+            checked_width("action_features", action, columns["action_features"].shape[1])
         if self.sample_weight is not None:
-            weight = _floats("sample_weight", self.sample_weight, (n,))
-            _reject_rows(
-                "sample_weight", weight, np.isfinite(weight) & (weight > 0), "a positive, finite weight", "Drop rows of weight 0."
-            )
+            weight = checked_finite("sample_weight", self.sample_weight, (n,), "Drop rows that stand for nothing.")
+            _reject_rows("sample_weight", weight, weight > 0, "a positive weight", "Drop rows that stand for nothing.")
             columns["sample_weight"] = weight
         if self.cluster is not None:
             columns["cluster"] = np.asarray(self.cluster)
             if columns["cluster"].shape != (n,):
                 raise DataError("cluster", f"shape {columns['cluster'].shape}", f"shape ({n},)", "Pass one unit id per row.")
-        if self.rewards:
-            columns["rewards"] = {name: _floats(f"rewards[{name!r}]", values, (n,)) for name, values in self.rewards.items()}
+        columns["rewards"] = {
+            name: checked_finite(f"rewards[{name!r}]", values, (n,), "Drop rows whose reward is not known yet.")
+            for name, values in self.rewards.items()
+        }
         for name, value in columns.items():
             object.__setattr__(self, name, value)
 
@@ -141,25 +122,6 @@ class LoggedData:
         }
         return replace(self, **arrays, rewards={name: values[rows] for name, values in self.rewards.items()})
 
-    def _width(self) -> int | None:
-        for array in (self.propensities, self.eligible, self.action_features):
-            if array is not None and np.ndim(array) >= 2:
-                return int(np.shape(array)[1])
-        return None
-
-    def _checked_eligible(self, action: IntArray, n: int) -> BoolArray:
-        eligible = np.asarray(self.eligible)
-        if eligible.dtype.kind != "b" or eligible.ndim != 2 or len(eligible) != n:
-            raise DataError(
-                "eligible", f"{eligible.dtype} of shape {eligible.shape}", f"booleans of shape ({n}, k)", "True means eligible."
-            )
-        inside = eligible[np.arange(n), action]
-        _reject_rows(
-            "action", action, inside, "an action inside the row's eligible set",
-            "Log the eligible set that the sampler really used.",
-        )  # fmt: skip
-        return eligible
-
 
 def assign_folds(data: LoggedData, folds: int, seed: int) -> IntArray:
     """Fold of each row (n,), folds of equal size to within one; the rows of a cluster stay together.
@@ -177,7 +139,7 @@ def checked_propensity(column: str, propensity: ArrayLike, n: int, *, target: bo
     """Probabilities of logged actions (n,), each in (0, 1]; those of a target may be 0. Raises DataError at the first other."""
     values = _floats(column, propensity, (n,))
     low, high = float(values.min()), float(values.max())
-    if not ((low >= 0 if target else low > 0) and high <= 1 + 1e-9):       # NaN fails both comparisons
+    if not ((low >= 0 if target else low > 0) and high <= 1 + 1e-9):  # NaN fails both comparisons
         good = ((values >= 0) if target else (values > 0)) & (values <= 1 + 1e-9)
         remedy = (
             "Give the probability with which the policy takes the logged action."
@@ -189,9 +151,7 @@ def checked_propensity(column: str, propensity: ArrayLike, n: int, *, target: bo
     return values
 
 
-def checked_distribution(
-    column: str, vectors: ArrayLike, n: int, eligible: BoolArray | None, rows: slice
-) -> FloatArray:
+def checked_distribution(column: str, vectors: ArrayLike, n: int, eligible: BoolArray | None, rows: slice) -> FloatArray:
     """Rows of probabilities (n, k): none negative, each summing to one, nothing on ineligible actions.
 
     `rows` is the part of the log, and of `eligible`, that the vectors belong to. Raises DataError at the first other row.
@@ -201,7 +161,7 @@ def checked_distribution(
     if values.ndim != 2 or len(values) != n:
         raise DataError(column, f"shape {values.shape}", f"({n}, k): one probability per action and row", "Pass whole vectors.")
     total = values @ np.ones(values.shape[1])
-    good = np.abs(total - 1) <= SUM_TOLERANCE                              # NaN and infinity are not close to one
+    good = np.abs(total - 1) <= SUM_TOLERANCE  # NaN and infinity are not close to one
     if not good.all():
         row = int(np.argmin(good))
         raise DataError(
@@ -229,6 +189,52 @@ def checked_distribution(
     return values
 
 
+def checked_width(column: str, action: IntArray, k: int) -> None:
+    """Raise DataError at the first logged action that `column`, k entries wide, has no entry for."""
+    if int(action.max()) >= k:
+        row = int(np.argmax(action >= k))
+        raise DataError(
+            "action", f"action {int(action[row])}", f"an index below k = {k}, the width of {column}",
+            f"Widen {column}, or map the actions to 0..k-1.", row=row,
+        )  # fmt: skip
+
+
+def checked_finite(column: str, values: ArrayLike, shape: tuple[int | None, ...], remedy: str) -> FloatArray:
+    """Finite numbers of this shape. Raises DataError at the first other."""
+    array = _floats(column, values, shape)
+    _reject_rows(column, array, np.isfinite(array), "a finite number", remedy)
+    return array
+
+
+def _checked_action(values: ArrayLike) -> IntArray:
+    action = np.asarray(values)
+    if action.ndim != 1:
+        raise DataError("action", f"shape {action.shape}", "one action index per row, shape (n,)", "Pass a flat array.")
+    if action.size == 0:
+        raise DataError("action", "an empty log", "at least one row", "Check the filter or the date that selected it.")
+    if action.dtype.kind not in "iu":
+        raise DataError(
+            "action", f"dtype {action.dtype}", "integer action indices", "Map labels to 0..k-1, or cast with .astype(int)."
+        )
+    _reject_rows("action", action, action >= 0, "an index of at least 0", "Map action labels to 0..k-1.")
+    return action.astype(np.int64, copy=False)
+
+
+def _checked_eligible(values: ArrayLike, action: IntArray) -> BoolArray:
+    eligible = np.asarray(values)
+    if eligible.dtype.kind != "b" or eligible.ndim != 2 or len(eligible) != len(action):
+        raise DataError(
+            "eligible", f"{eligible.dtype} of shape {eligible.shape}", f"booleans of shape ({len(action)}, k)",
+            "Pass True where an action could have been taken.",
+        )  # fmt: skip
+    checked_width("eligible", action, eligible.shape[1])
+    inside = eligible[np.arange(len(action)), action]
+    _reject_rows(
+        "action", action, inside, "an action of the row's eligible set", "Log the eligible set that the sampler really used."
+    )
+    return eligible
+
+
 def _floats(column: str, values: ArrayLike, shape: tuple[int | None, ...]) -> FloatArray:
     try:
         array = np.asarray(values, dtype=np.float64)
@@ -240,9 +246,7 @@ def _floats(column: str, values: ArrayLike, shape: tuple[int | None, ...]) -> Fl
     return array
 
 
-def _reject_rows(
-    column: str, values: NDArray[Any], good: BoolArray, expected: str, remedy: str, first_row: int = 0
-) -> None:
+def _reject_rows(column: str, values: NDArray[Any], good: BoolArray, expected: str, remedy: str, first_row: int = 0) -> None:
     """Raise DataError at the first row that is not good."""
     if not good.all():
         row = int(np.argmin(good))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import chdtrc
 
-from ope.data import BoolArray, FloatArray, IntArray, LoggedData
+from ope.data import FloatArray, IntArray, LoggedData
 from ope.estimate import Level
 from ope.primitives import weights
 
@@ -148,9 +148,9 @@ def judge(
     elif weight.weight_z == 0 and abs(weight.weight_mean - 1) > limits.agreement and weight.n > 1:
         refused.append(f"All weights of the {policy} equal {weight.weight_mean:.4g} where 1 is expected.")
     if weight.tail_index < limits.tail_index:
-        heavy = f"The tail index of the weights is {weight.tail_index:.2f}; below {limits.tail_index:g} their variance looks infinite"
+        heavy = f"Weights have tail index {weight.tail_index:.2f}; below {limits.tail_index:g} their variance looks infinite"
         if weight.ess < limits.refused_ess or weight.max_share > limits.refused_max_share:
-            refused.append(f"{heavy}, and {weight.ess:,.0f} effective rows with {weight.max_share:.1%} on one row cannot make up for it.")
+            refused.append(f"{heavy}, with {weight.ess:,.0f} effective rows and {weight.max_share:.1%} of all weight on one row.")
         else:
             caution.append(f"{heavy}.")
     if 0 < weight.ess < max(limits.ess, limits.ess_share * weight.n):
@@ -187,8 +187,3 @@ def _log_reasons(log: LogChecks, limits: Thresholds) -> tuple[list[str], list[st
     if log.estimated:
         caution.append("Propensities were estimated, not logged.")
     return refused, caution
-
-
-def eligible_counts(eligible: BoolArray) -> IntArray:
-    """Number of eligible actions of each row (n,)."""
-    return eligible.sum(axis=1, dtype=np.int64)

@@ -43,6 +43,7 @@ class Estimate:
         return record | {"reasons": list(self.reasons), "notes": list(self.notes)}
 
     def __str__(self) -> str:
-        about = f"{self.estimator}: {self.value:.6g} ± {self.stderr:.2g} ({self.level:.0%} {self.interval} {self.low:.6g} to {self.high:.6g})"
+        ends = f"{100 * self.level:g} % {self.interval} {self.low:.6g} to {self.high:.6g}"
         why = f": {' '.join(self.reasons)}" if self.reasons else ""
-        return f"{about}, n = {self.n:,}, ESS = {self.ess:,.0f}, {self.verdict}{why}"
+        size = f"n = {self.n:,}, ESS = {self.ess:,.0f}"
+        return f"{self.estimator} {self.value:.6g} ± {self.stderr:.2g} ({ends}), {size}, {self.verdict}{why}"

@@ -80,10 +80,12 @@ def _label(self: Any) -> str:
 
 
 def mean_value(self: object, mean: FloatArray) -> FloatArray:
+    """The value of an estimator that is the mean of one column: means (..., 1) -> (...)."""
     return mean[..., 0]
 
 
 def mean_gradient(self: object, mean: FloatArray) -> FloatArray:
+    """Its gradient (1,)."""
     return np.ones(1)
 
 
@@ -97,7 +99,7 @@ def _dr_limits(weight_bound: float, reward_range: Limits) -> Limits:
     return low - weight_bound * (high - low), high + weight_bound * (high - low)
 
 
-def _positive(self: Any) -> None:
+def _check_settings(self: Any) -> None:
     for field in fields(self):
         setting = getattr(self, field.name)
         if not setting >= 0:
@@ -144,7 +146,10 @@ class ClippedIPS:
     name: ClassVar[str] = "cIPS"
     needs: ClassVar[Needs] = Needs()
     consistent: ClassVar[bool] = False
-    value, gradient, __str__, __post_init__ = mean_value, mean_gradient, _label, _positive
+    value, gradient, __str__ = mean_value, mean_gradient, _label
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
 
     def terms(self, rows: Rows) -> FloatArray:
         return terms.ips(weights.clip(rows.weight, high=self.high), rows.reward)
@@ -184,7 +189,7 @@ def _controlled_gradient(mean: FloatArray, centre: float) -> FloatArray:
     b = float(baselines.optimal_control_variate(*mean))
     variance = w2 - w * w
     b_gradient = np.zeros(4)
-    if variance > 1e-12 * w2:                     # where the weights do not vary, b is the constant 0
+    if variance > 1e-12 * w2:  # where the weights do not vary, b is the constant 0
         b_gradient = np.array((2 * w * b - wr, -w, -b, 1.0)) / variance
     return np.array((-b, 1.0, 0.0, 0.0)) - (w - centre) * b_gradient
 
@@ -214,7 +219,7 @@ class Delta:
 
     name: ClassVar[str] = "Delta"
     needs: ClassVar[Needs] = Needs(baseline=True)
-    consistent: ClassVar[bool] = False            # for the difference it is; it does not estimate the policy's value
+    consistent: ClassVar[bool] = False  # for the difference it is; it does not estimate the policy's value
     __str__ = _label
 
     def terms(self, rows: Rows) -> FloatArray:
@@ -271,7 +276,10 @@ class SwitchDR:
     name: ClassVar[str] = "Switch-DR"
     needs: ClassVar[Needs] = Needs(q=True)
     consistent: ClassVar[bool] = False
-    value, gradient, __str__, __post_init__ = mean_value, mean_gradient, _label, _positive
+    value, gradient, __str__ = mean_value, mean_gradient, _label
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
 
     def terms(self, rows: Rows) -> FloatArray:
         return terms.dr(weights.truncate(rows.weight, self.threshold), rows.reward, rows.q_logged, rows.v)
@@ -288,13 +296,16 @@ class DRos:
     name: ClassVar[str] = "DRos"
     needs: ClassVar[Needs] = Needs(q=True)
     consistent: ClassVar[bool] = False
-    value, gradient, __str__, __post_init__ = mean_value, mean_gradient, _label, _positive
+    value, gradient, __str__ = mean_value, mean_gradient, _label
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
 
     def terms(self, rows: Rows) -> FloatArray:
         return terms.dr(weights.shrink(rows.weight, self.strength), rows.reward, rows.q_logged, rows.v)
 
     def limits(self, weight_bound: float, reward_range: Limits) -> Limits:
-        peak = min(weight_bound, math.sqrt(self.strength))                 # L·w/(w² + L) rises up to sqrt(L)
+        peak = min(weight_bound, math.sqrt(self.strength))  # L·w/(w² + L) rises up to sqrt(L)
         return _dr_limits(float(weights.shrink(np.asarray(peak), self.strength)), reward_range)
 
 

@@ -143,8 +143,8 @@ def _estimates(
             Estimate(
                 str(one), float(values[i]), float(stderrs[i]), float(low[i]), float(high[i]), level, kind.name,
                 data.n, verdicts.weight.ess, verdict, reasons, _notes(one, data, stack, kind, verdicts.log),
-            )  # fmt: skip
-        )
+            )
+        )  # fmt: skip
     return tuple(estimates)
 
 

@@ -16,6 +16,7 @@ from ope.stack import Stack
 
 Ends: TypeAlias = tuple[FloatArray, FloatArray]
 
+
 class Interval(Protocol):
     """Two ends for every estimate of a stack."""
 
@@ -38,6 +39,7 @@ class Normal:
     name: ClassVar[str] = "normal"
 
     def ends(self, stack: Stack, level: float) -> Ends:
+        """Lower and upper ends (m,), (m,)."""
         half = normal_quantile(level) * stack.stderrs()
         return stack.values() - half, stack.values() + half
 
@@ -59,6 +61,7 @@ class Bootstrap:
             raise ValueError(f"found resamples={self.resamples}, expected at least 1000: fewer leave the ends to chance")
 
     def ends(self, stack: Stack, level: float) -> Ends:
+        """Lower and upper ends (m,), (m,); needs a stack that kept its blocks."""
         values = np.concatenate([stack.values(mean) for mean in self._means(stack.blocks)])
         tail = (1 - level) / 2
         low, high = np.quantile(values, (tail, 1 - tail), axis=0)
@@ -117,10 +120,11 @@ class EmpiricalBernstein:
         self._check("propensity", weight, 0.0, self.weight_bound, "Raise weight_bound to what could occur, not to what did.")
 
     def ends(self, stack: Stack, level: float) -> Ends:
+        """Lower and upper ends (m,), (m,), of a stack whose log and weights were checked."""
         n, log_term = stack.moments.n, math.log(4 / (1 - level))
         limits = [part.estimator.limits(self.weight_bound, self.reward_range) for part in stack.parts]  # type: ignore[attr-defined]
         width = np.array([high - low for low, high in limits])
-        half = stack.stderrs() * math.sqrt(2 * log_term) + 7 * width * log_term / (3 * (n - 1))         # stderr² = S² / n
+        half = stack.stderrs() * math.sqrt(2 * log_term) + 7 * width * log_term / (3 * (n - 1))  # stderr² = S² / n
         return stack.values() - half, stack.values() + half
 
     def _check(self, name: str, values: FloatArray, low: float, high: float, remedy: str) -> None:

@@ -91,7 +91,9 @@ def _predict_per_action(data: LoggedData, k: int, model: Any, train: Any, test: 
     return q
 
 
-def _fit_reward(model: Any, features: FloatArray, reward: FloatArray, weight: FloatArray | None) -> Callable[[FloatArray], FloatArray]:
+def _fit_reward(
+    model: Any, features: FloatArray, reward: FloatArray, weight: FloatArray | None
+) -> Callable[[FloatArray], FloatArray]:
     """The fitted prediction function; a constant where the rewards are."""
     if reward.min() == reward.max() or features.shape[1] == 0:
         constant = float(np.average(reward, weights=weight))

@@ -111,7 +111,9 @@ def top_k(
     values = np.asarray(true, dtype=np.float64)
     order = ranking(estimated, tie=tie)
     if len(values) != len(order) or not 1 <= k <= len(order):
-        raise ValueError(f"found {len(order)} estimates, {len(values)} true values, k={k}; expected as many of both and 1 <= k <= {len(order)}")
+        raise ValueError(
+            f"found {len(order)} estimates, {len(values)} true values, k={k}; expected as many of both, and k among them"
+        )
     top = values[order[:k]]
     std = float(top.std(ddof=ddof)) if k > 1 else None
     return Portfolio(
@@ -206,8 +208,9 @@ def select(
     possible = np.random.default_rng(seed).multivariate_normal(values, covariance, size=draws, method="eigh")
     shortlists = tuple(_shortlist(kept, possible, k, threshold) for k in sizes if 2 <= k <= len(kept))
     return Selection(
-        str(kind), tuple(kept), twins, values_a[chosen[:-1]], values[:-1], covariance, float(values[-1]), shortlists, _knee(shortlists)
-    )
+        estimator=str(kind), ranking=tuple(kept), duplicates=twins, selected_on=values_a[chosen[:-1]], values=values[:-1],
+        covariance=covariance, baseline=float(values[-1]), shortlists=shortlists, knee=_knee(shortlists),
+    )  # fmt: skip
 
 
 def _fold(
@@ -215,7 +218,7 @@ def _fold(
 ) -> Accumulated:
     part_q = None if q is None else q[rows]
     candidates = [Candidate(label, target[rows], (kind,), part_q) for label, target in targets.items()]
-    if isinstance(baseline, str):                 # what the logging policy earned is a plain mean, whatever the estimator
+    if isinstance(baseline, str):  # what the logging policy earned is a plain mean, whatever the estimator
         candidates.append(Candidate("baseline", baseline, (IPS(),)))
     else:
         candidates.append(Candidate("baseline", baseline[rows], (kind,), part_q))

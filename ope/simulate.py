@@ -21,7 +21,7 @@ def softmax(scores: FloatArray) -> FloatArray:
 def sample_actions(propensities: FloatArray, rng: np.random.Generator) -> IntArray:
     """One action per row of probabilities (n, k) -> (n,)."""
     edges = np.cumsum(propensities[:, :-1], axis=1)
-    return (rng.random((len(propensities), 1)) > edges).sum(axis=1)
+    return np.asarray((rng.random((len(propensities), 1)) > edges).sum(axis=1))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

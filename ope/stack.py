@@ -34,7 +34,7 @@ class Stack:
     def values(self, mean: FloatArray | None = None) -> FloatArray:
         """Values (..., m) at counted means (..., d + 1), by default those of the log."""
         rows = per_row(self.moments.mean if mean is None else mean)
-        with np.errstate(divide="ignore", invalid="ignore"):               # no overlap: Σw = 0, and the verdict says so
+        with np.errstate(divide="ignore", invalid="ignore"):  # no overlap: Σw = 0, and the verdict says so
             return np.stack([part.estimator.value(rows[..., part.columns]) for part in self.parts], axis=-1)
 
     def jacobian(self) -> FloatArray:
@@ -53,7 +53,7 @@ class Stack:
 
     def stderrs(self) -> FloatArray:
         """Standard errors (m,)."""
-        return np.sqrt(np.clip(np.diag(self.covariance()), 0.0, None))     # rounding may leave -1e-20 where nothing varies
+        return np.sqrt(np.clip(np.diag(self.covariance()), 0.0, None))  # rounding may leave -1e-20 where nothing varies
 
     def __add__(self, other: Stack) -> Stack:
         """The whole from two parts of a log that no cluster spans. Raises ValueError if the parts estimate other things."""

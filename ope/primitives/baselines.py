@@ -10,7 +10,7 @@ def _others(reward: Array, group: Array, mask: Array) -> tuple[Array, Array]:
     xp = namespace(reward, group, mask)
     same_shape(reward=reward, group=group, mask=mask)
     kept = xp.where(mask, reward, xp.zeros_like(reward))
-    mates = xp.astype(group[:, None] == group[None, :], reward.dtype)      # labels are compared, never used as indices
+    mates = xp.astype(group[:, None] == group[None, :], reward.dtype)  # labels are compared, never used as indices
     return mates @ kept, mates @ xp.astype(mask, reward.dtype)
 
 
@@ -43,5 +43,5 @@ def optimal_control_variate(w: Array, wr: Array, w2: Array, w2r: Array) -> Array
     xp = namespace(w, wr, w2, w2r)
     same_shape(w=w, wr=wr, w2=w2, w2r=w2r)
     variance = w2 - w * w
-    varies = variance > 1e-12 * w2                # below this the difference of squares is rounding
+    varies = variance > 1e-12 * w2  # below this the difference of squares is rounding
     return xp.where(varies, (w2r - w * wr) / xp.where(varies, variance, xp.ones_like(variance)), xp.zeros_like(variance))

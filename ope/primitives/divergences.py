@@ -28,7 +28,7 @@ def kl(p: Array, q: Array) -> Array:
     same_shape(p=p, q=q)
     p, q = as_float32(p), as_float32(q)
     one = xp.ones_like(p)
-    safe_p, safe_q = xp.where(p > 0, p, one), xp.where(q > 0, q, one)      # the logs stay finite, and so do their gradients
+    safe_p, safe_q = xp.where(p > 0, p, one), xp.where(q > 0, q, one)  # the logs stay finite, and so do their gradients
     terms = p * (xp.log(safe_p) - xp.log(safe_q))
     return xp.sum(xp.where((p > 0) & (q <= 0), one * xp.inf, terms), axis=-1)
 
