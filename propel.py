@@ -1,4 +1,206 @@
-"""Propel's front door."""
+"""Propel's front door: one command, each of whose subcommands loads what it needs when it is called."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ope.intervals import Interval
+
+app = typer.Typer(
+    name="propel",
+    help="Propensity-logged policy evaluation and learning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+BAD_INPUT, ALL_REFUSED = 2, 3
 
 
-def main() -> None: ...
+class IntervalKind(StrEnum):
+    """Kinds of confidence interval."""
+
+    normal = "normal"
+    bootstrap = "bootstrap"
+    bernstein = "bernstein"
+
+
+class DesignKind(StrEnum):
+    """How a reward model tells actions apart."""
+
+    additive = "additive"
+    per_action = "per_action"
+
+
+@app.callback(invoke_without_command=True)
+def front_door(show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Propensity-logged policy evaluation and learning."""
+    if show_version:
+        typer.echo(f"propel {version('propel')}")
+        raise typer.Exit
+
+
+@app.command()
+def ope(
+    log: Annotated[Path, typer.Option(help="Log of decisions: a .parquet or .csv file, one row per decision.")],
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="Policy to value: `uniform`, `logging`, a column (a list of k probabilities per row, or one: that of the "
+            "logged action) or a Parquet file with `row` and `p_0..p_{k-1}`."
+        ),
+    ],
+    baseline: Annotated[str | None, typer.Option(help="A second policy, named alike: adds Delta, the difference to it.")] = None,
+    context: Annotated[
+        str | None, typer.Option(help="Comma-separated columns that the reward model is fitted on, cross-fitted; enables DM, DR.")
+    ] = None,
+    estimators: Annotated[
+        str | None, typer.Option(help="Comma-separated, such as `IPS,SNIPS,DR,DRos(100)`. Default: those that the input allows.")
+    ] = None,
+    interval: Annotated[IntervalKind, typer.Option(help="Kind of confidence interval.")] = IntervalKind.normal,
+    level: Annotated[float, typer.Option(help="Coverage of the interval.")] = 0.95,
+    action: Annotated[str, typer.Option(help="Column of the action taken: an index 0..k-1, or a label.")] = "action",
+    reward: Annotated[str, typer.Option(help="Column of the reward.")] = "reward",
+    propensity: Annotated[str, typer.Option(help="Column of the logged action's propensity.")] = "propensity",
+    propensities: Annotated[str | None, typer.Option(help="Column of the logging policy's whole vector, a list per row.")] = None,
+    eligible: Annotated[str | None, typer.Option(help="Column of the eligible actions, a list per row.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="Column of the unit (user, card) whose rows depend on each other.")] = None,
+    weight: Annotated[str | None, typer.Option(help="Column of sample weights.")] = None,
+    actions: Annotated[int | None, typer.Option(help="Number of actions k, where the log does not show them all.")] = None,
+    design: Annotated[DesignKind, typer.Option(help="One reward model for all actions, or one for each.")] = DesignKind.additive,
+    weight_bound: Annotated[float | None, typer.Option(help="bernstein: the largest importance weight that could occur.")] = None,
+    reward_range: Annotated[str | None, typer.Option(help="bernstein: smallest and largest possible reward, as `0,1`.")] = None,
+    resamples: Annotated[int, typer.Option(help="bootstrap: number of resamples, at least 1000.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of folds and resamples.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects, one per estimator.")] = False,
+    force: Annotated[bool, typer.Option(help="Show the numbers of refused estimates.")] = False,
+) -> None:
+    """Value a policy on a log that another policy wrote, and say whether to believe the number.
+
+    Exit codes: 0 good, 2 bad input, 3 when every requested estimate is refused.
+    """
+    with _bad_input(), _progress("Fitting the reward model") as advance:
+        from pipelines.evaluate import evaluate_file
+        from pipelines.frame import ColumnMap
+
+        log_and_report = evaluate_file(
+            log,
+            policy,
+            ColumnMap(action, reward, propensity, propensities, eligible, weight, cluster, tuple(_split(context) or ())),
+            baseline=baseline,
+            estimators=_split(estimators, keep_parentheses=True),
+            interval=_interval(interval, weight_bound, reward_range, resamples, seed),
+            level=level,
+            k=actions,
+            design=design.value,
+            seed=seed,
+            progress=advance,
+        )
+    report = log_and_report.report
+    if as_json:
+        typer.echo(json.dumps(report.to_records(force=force), indent=2, allow_nan=False))
+    else:
+        from rich.console import Console
+
+        from pipelines.tables import print_report
+
+        data = log_and_report.log.data
+        title = f"{policy} on {log} ({data.n:,} rows, mean logged reward {data.reward.mean():.4g})"
+        print_report(Console(), title, report, force=force)
+    if report.refused:
+        raise typer.Exit(ALL_REFUSED)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report; made if missing.")] = Path("propel-demo"),
+) -> None:
+    """Evaluate candidate policies on a real log of 10,000 decisions, and write a report."""
+    with _bad_input():
+        from rich.console import Console
+
+        from pipelines.demo import run_demo
+
+        run_demo(out, Console())
+
+
+@contextmanager
+def _bad_input() -> Iterator[None]:
+    """Turn an error about the input into a message and exit code 2; anything else is our fault and keeps its traceback."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        typer.echo(f"propel: {error.name} is not installed; run: pip install 'propel[jobs]'", err=True)
+        raise typer.Exit(BAD_INPUT) from None
+    except Exception as error:
+        from ope.data import InputError
+
+        if not isinstance(error, InputError | OSError):
+            raise
+        typer.echo(f"propel: {error}", err=True)
+        raise typer.Exit(BAD_INPUT) from None
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Any]:
+    """A bar on standard error, gone when done; yields a function to call after each of three folds."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(file=sys.stderr)
+    columns = (TextColumn(what), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=3, visible=False)
+        yield lambda: progress.update(task, advance=1, visible=True)
+
+
+def _split(text: str | None, *, keep_parentheses: bool = False) -> list[str] | None:
+    """Comma-separated names; commas inside parentheses belong to the name."""
+    if text is None:
+        return None
+    names, depth = [""], 0
+    for character in text:
+        depth += keep_parentheses * ((character == "(") - (character == ")"))
+        if character == "," and depth <= 0:
+            names.append("")
+        else:
+            names[-1] += character
+    return [name.strip() for name in names if name.strip()]
+
+
+def _interval(kind: IntervalKind, weight_bound: float | None, reward_range: str | None, resamples: int, seed: int) -> Interval:
+    from ope.intervals import Bootstrap, EmpiricalBernstein, Normal
+
+    if kind is IntervalKind.normal:
+        return Normal()
+    if kind is IntervalKind.bootstrap:
+        return Bootstrap(resamples, seed)
+    if weight_bound is None or reward_range is None:
+        raise typer.BadParameter(
+            "an empirical-Bernstein interval needs what data cannot tell: give --weight-bound, the largest importance weight "
+            "that could occur, and --reward-range, such as 0,1"
+        )
+    try:
+        low, high = (float(end) for end in reward_range.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"found --reward-range {reward_range!r}; expected two numbers, such as 0,1") from None
+    return EmpiricalBernstein(weight_bound, (low, high))
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

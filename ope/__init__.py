@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ope.data import DataError, LoggedData
+    from ope.data import DataError, InputError, LoggedData
     from ope.estimate import Estimate
     from ope.estimators import DM, DR, ESTIMATORS, IPS, SNDR, SNIPS, BetaIPS, ClippedIPS, Delta, DRos, SwitchDR
     from ope.evaluation import Report, evaluate
@@ -32,6 +32,7 @@ __all__ = [
     "Delta",
     "EmpiricalBernstein",
     "Estimate",
+    "InputError",
     "LoggedData",
     "Moments",
     "Normal",
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "data": ("DataError", "LoggedData"),
+    "data": ("DataError", "InputError", "LoggedData"),
     "estimate": ("Estimate",),
     "estimators": (
         "DM", "DR", "ESTIMATORS", "IPS", "SNDR", "SNIPS", "BetaIPS", "ClippedIPS", "Delta", "DRos", "SwitchDR",

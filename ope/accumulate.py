@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
@@ -124,7 +124,7 @@ def width_of(data: LoggedData, candidates: Sequence[Candidate], baseline: Target
 def checked_shapes(data: LoggedData, candidate: Candidate, baseline: Target | None) -> None:
     """Raise DataError, before any work, where shapes of target, q and baseline do not fit the log."""
     k = width_of(data, [candidate], baseline)
-    vectors = {"target": candidate.target, "q": candidate.q, "baseline": baseline}
+    vectors: dict[str, Any] = {"target": candidate.target, "q": candidate.q, "baseline": baseline}
     for name, array in vectors.items():
         if not isinstance(array, np.ndarray):
             continue
@@ -134,7 +134,7 @@ def checked_shapes(data: LoggedData, candidate: Candidate, baseline: Target | No
                     name, f"shape {array.shape}", f"shape ({data.n}, {k}): one entry per row and action",
                     "Use one row order and one set of actions throughout.",
                 )  # fmt: skip
-            checked_width(name, data.action, int(array.shape[1]))
+            checked_width(name, data.action, array.shape[1])
 
 
 def _probabilities(name: str, target: Target, data: LoggedData, rows: slice) -> tuple[FloatArray, FloatArray | None]:

@@ -17,8 +17,12 @@ SUM_TOLERANCE = 1e-6
 """How far from one the probabilities of a row may sum: float32 vectors pass, forgotten actions do not."""
 
 
-class DataError(ValueError):
-    """Input that cannot be evaluated: where it was found, what was expected and what to do about it.
+class InputError(ValueError):
+    """A request that cannot be met: what was found, what was expected, what to do."""
+
+
+class DataError(InputError):
+    """Arrays that cannot be evaluated: where that was found, what was expected and what to do about it.
 
     `column` is the field of `LoggedData` (or the argument) until `located` puts the name of a file's column in its place.
     """
@@ -126,12 +130,12 @@ class LoggedData:
 def assign_folds(data: LoggedData, folds: int, seed: int) -> IntArray:
     """Fold of each row (n,), folds of equal size to within one; the rows of a cluster stay together.
 
-    Raises ValueError where there are fewer rows, or clusters, than folds.
+    Raises InputError where there are fewer rows, or clusters, than folds.
     """
     unit = np.arange(data.n) if data.cluster is None else np.unique(data.cluster, return_inverse=True)[1]
     units = int(unit.max()) + 1
     if not 2 <= folds <= units:
-        raise ValueError(f"found {folds} folds for {units} independent units; expected between 2 and {units}")
+        raise InputError(f"found {folds} folds for {units} independent units; expected between 2 and {units}")
     return np.random.default_rng(seed).permutation(np.arange(units) % folds)[unit]
 
 

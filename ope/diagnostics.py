@@ -46,6 +46,9 @@ class Diagnostics:
     """(mean - 1) in standard errors, clusters respected; 0 where the weights do not vary."""
     max_share: float
     """Share of all weight that the heaviest row carries."""
+    reward_low: float
+    """Smallest reward among rows of positive weight; with `reward_high`, NaN where there is none."""
+    reward_high: float
     tail_index: float
     """Hill's estimate; below 2 the variance looks infinite. Infinity where equal weights or too few rows show no tail."""
 
@@ -55,8 +58,6 @@ class LogChecks:
     """Checks of the log itself, whatever the target. NaN: not computable from what was logged."""
 
     n: int
-    reward_low: float
-    reward_high: float
     inverse_mean: float
     """Mean of 1/p. Expected: the mean number of eligible actions."""
     eligible_mean: float
@@ -82,9 +83,9 @@ def hill_tail_index(weight: FloatArray, share: float = 0.05) -> float:
     return tail / excess if excess > 1e-9 * tail else math.inf
 
 
-def weight_diagnostics(weight: FloatArray, mean: float, stderr: float) -> Diagnostics:
+def weight_diagnostics(weight: FloatArray, reward: FloatArray, mean: float, stderr: float) -> Diagnostics:
     """Diagnostics of weights (n,), already times sample weights, given their (weighted) mean and its standard error."""
-    total = float(weight.sum())
+    total, counts = float(weight.sum()), weight > 0
     varies = stderr > 1e-12 * max(abs(mean), 1.0)
     return Diagnostics(
         n=len(weight),
@@ -92,6 +93,8 @@ def weight_diagnostics(weight: FloatArray, mean: float, stderr: float) -> Diagno
         weight_mean=mean,
         weight_z=(mean - 1) / stderr if varies else 0.0,
         max_share=float(weight.max()) / total if total > 0 else 1.0,
+        reward_low=float(reward.min(where=counts, initial=np.inf)) if total > 0 else math.nan,
+        reward_high=float(reward.max(where=counts, initial=-np.inf)) if total > 0 else math.nan,
         tail_index=hill_tail_index(weight),
     )
 
@@ -110,11 +113,14 @@ def check_log(data: LoggedData, k: int | None) -> LogChecks:
         calibration_p = calibration(data.action, data.propensities)
         vector_gap = float(np.abs(data.propensities[np.arange(data.n), data.action] / data.propensity - 1).max())
     return LogChecks(
-        n=data.n, reward_low=float(data.reward.min()), reward_high=float(data.reward.max()),
-        inverse_mean=inverse_mean, eligible_mean=eligible_mean,
+        n=data.n,
+        inverse_mean=inverse_mean,
+        eligible_mean=eligible_mean,
         inverse_z=(inverse_mean - eligible_mean) / stderr if stderr > 1e-12 * inverse_mean else 0.0,
-        calibration_p=calibration_p, vector_gap=vector_gap, estimated=data.propensity_estimated,
-    )  # fmt: skip
+        calibration_p=calibration_p,
+        vector_gap=vector_gap,
+        estimated=data.propensity_estimated,
+    )
 
 
 def calibration(action: IntArray, propensities: FloatArray) -> float:
@@ -140,7 +146,11 @@ def judge(
         refused.append("One row has no standard error; log more decisions.")
     if weight.ess == 0:
         refused.append(f"No overlap: the {policy} never takes an action that was logged.")
-    elif abs(weight.weight_z) > limits.z:
+    elif weight.reward_low == weight.reward_high:
+        refused.append(
+            f"Every reward that the {policy} could have earned is {weight.reward_low:g}: nothing varies, so no interval holds."
+        )
+    if weight.ess > 0 and abs(weight.weight_z) > limits.z:
         refused.append(
             f"Weights of the {policy} average {weight.weight_mean:.4g} where 1 is expected (z = {weight.weight_z:.1f}): "
             "logged propensities are not what was sampled, or the log cannot support this policy."
@@ -165,8 +175,6 @@ def judge(
 
 def _log_reasons(log: LogChecks, limits: Thresholds) -> tuple[list[str], list[str]]:
     refused, caution = [], []
-    if log.reward_low == log.reward_high:
-        refused.append(f"Every reward is {log.reward_low:g}: such a log cannot tell policies apart.")
     if log.vector_gap > limits.agreement:
         refused.append(
             f"A/A fails: the logged vectors and the logged propensities differ by up to {log.vector_gap:.2g} of the propensity, "

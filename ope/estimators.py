@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, runtime_check
 
 import numpy as np
 
-from ope.data import FloatArray
+from ope.data import FloatArray, InputError
 from ope.primitives import baselines, terms, weights
 
 Limits: TypeAlias = tuple[float, float]
@@ -103,7 +103,7 @@ def _check_settings(self: Any) -> None:
     for field in fields(self):
         setting = getattr(self, field.name)
         if not setting >= 0:
-            raise ValueError(f"{type(self).__name__}({field.name}={setting}): expected a number of at least 0")
+            raise InputError(f"{type(self).__name__}({field.name}={setting}): expected a number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ ESTIMATORS: tuple[Estimator, ...] = (
 def estimator(name: str | Estimator) -> Estimator:
     """An estimator from its printed name: `"DR"`, `"cIPS(5)"`; without a setting, its default.
 
-    Raises ValueError that lists the names and suggests the closest.
+    Raises InputError that lists the names and suggests the closest.
     """
     if not isinstance(name, str):
         return name
@@ -328,7 +328,7 @@ def estimator(name: str | Estimator) -> Estimator:
     if match is None or kind is None:
         closest = difflib.get_close_matches(name.lower(), by_name, 1, 0.3)
         hint = f"; did you mean {by_name[closest[0]].name!r}?" if closest else ""
-        raise ValueError(f"unknown estimator {name!r}; expected one of {', '.join(known.name for known in ESTIMATORS)}{hint}")
+        raise InputError(f"unknown estimator {name!r}; expected one of {', '.join(known.name for known in ESTIMATORS)}{hint}")
     if match[2] is None:
         made: Estimator = kind()
         return made
@@ -336,5 +336,5 @@ def estimator(name: str | Estimator) -> Estimator:
         made = kind(*(float(setting) for setting in match[2].split(",")))
     except (TypeError, ValueError) as error:
         expected = ", ".join(f"{field.name} (a number)" for field in fields(kind)) or "no setting"
-        raise ValueError(f"estimator {name!r}: expected {expected}: {error}") from None
+        raise InputError(f"estimator {name!r}: expected {expected}: {error}") from None
     return made

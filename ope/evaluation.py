@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ope.accumulate import Accumulated, Candidate, Target, accumulate, checked_shapes, width_of
-from ope.data import DataError, FloatArray, LoggedData
+from ope.data import DataError, FloatArray, InputError, LoggedData
 from ope.diagnostics import Diagnostics, LogChecks, Thresholds, check_log, judge, weight_diagnostics
 from ope.estimate import Estimate, Level
 from ope.estimators import Estimator, estimator
@@ -79,10 +79,10 @@ def evaluate(
     `estimators`: names or objects; by default IPS and SNIPS, with `q` also DM and DR, with a `baseline` also Delta.
     `level`: two-sided coverage. `interval`: "normal", "bootstrap" or an object of `ope.intervals`.
 
-    Raises DataError for arrays that no policy could have written, ValueError for an estimator whose needs are not met.
+    Raises DataError for arrays that no policy could have written, InputError for an estimator whose needs are not met.
     """
     if not 0 < level < 1:
-        raise ValueError(f"found level={level}; expected a coverage between 0 and 1, such as 0.95")
+        raise InputError(f"found level={level}; expected a coverage between 0 and 1, such as 0.95")
     target, q, baseline = _array(target), None if q is None else np.asarray(q), None if baseline is None else _array(baseline)
     chosen = _chosen(estimators, q is not None and not _scalar(target, data), baseline is not None)
     kind, candidate = interval_named(interval), Candidate("target", target, chosen, q)
@@ -102,10 +102,11 @@ def evaluate(
 
 def candidate_diagnostics(data: LoggedData, sums: Accumulated) -> list[Diagnostics]:
     """Diagnostics of every candidate's weights, from one pass over the log."""
-    scale = 1.0 if data.sample_weight is None else data.sample_weight
     means, stderrs = sums.weight_means.values(), sums.weight_means.stderrs()
     return [
-        weight_diagnostics(weight * scale if data.sample_weight is not None else weight, float(mean), float(stderr))
+        weight_diagnostics(
+            weight if data.sample_weight is None else weight * data.sample_weight, data.reward, float(mean), float(stderr)
+        )
         for weight, mean, stderr in zip(sums.weights, means, stderrs, strict=True)
     ]
 
@@ -177,21 +178,21 @@ def _notes(one: Estimator, data: LoggedData, stack: Stack, kind: Interval, log: 
 
 def _chosen(names: Sequence[str | Estimator] | None, has_q: bool, has_baseline: bool) -> tuple[Estimator, ...]:
     if isinstance(names, str):
-        raise ValueError(f"found estimators={names!r}; expected a sequence such as ({names!r},)")
+        raise InputError(f"found estimators={names!r}; expected a sequence such as ({names!r},)")
     if names is None:
         names = [*(["DM"] if has_q else []), "IPS", "SNIPS", *(["DR"] if has_q else []), *(["Delta"] if has_baseline else [])]
     chosen = tuple(dict.fromkeys(estimator(name) for name in names))
     if not chosen:
-        raise ValueError("no estimator was asked for; expected at least one, such as 'IPS'")
+        raise InputError("no estimator was asked for; expected at least one, such as 'IPS'")
     return chosen
 
 
 def _check_needs(chosen: Sequence[Estimator], candidate: Candidate, data: LoggedData, baseline: Target | None) -> None:
     for one in chosen:
         if one.needs.baseline and baseline is None:
-            raise ValueError(f"{one} compares two policies; expected a baseline: (n, k) probabilities, or 'logging'")
+            raise InputError(f"{one} compares two policies; expected a baseline: (n, k) probabilities, or 'logging'")
         if one.needs.q and candidate.q is None:
-            raise ValueError(
+            raise InputError(
                 f"{one} needs a reward model; expected q, its predictions (n, k). "
                 "Pass q, or fit one with ope.nuisance.cross_fit_reward (on the command line: --context)"
             )
@@ -209,7 +210,7 @@ def _baseline_diagnostics(data: LoggedData, baseline: Target) -> Diagnostics:
 def _array(target: Target) -> Target:
     if isinstance(target, str):
         if target != "logging":
-            raise ValueError(f"found target {target!r}; expected an array of probabilities, or 'logging'")
+            raise InputError(f"found target {target!r}; expected an array of probabilities, or 'logging'")
         return target
     array = np.asarray(target)
     if array.ndim not in (1, 2):

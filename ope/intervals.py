@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol, TypeAlias
 
 import numpy as np
 
-from ope.data import DataError, FloatArray, LoggedData
+from ope.data import DataError, FloatArray, InputError, LoggedData
 from ope.estimators import Bounded, Estimator, Limits
 from ope.stack import Stack
 
@@ -58,7 +58,7 @@ class Bootstrap:
 
     def __post_init__(self) -> None:
         if self.resamples < 1000:
-            raise ValueError(f"found resamples={self.resamples}, expected at least 1000: fewer leave the ends to chance")
+            raise InputError(f"found resamples={self.resamples}, expected at least 1000: fewer leave the ends to chance")
 
     def ends(self, stack: Stack, level: float) -> Ends:
         """Lower and upper ends (m,), (m,); needs a stack that kept its blocks."""
@@ -93,7 +93,7 @@ class EmpiricalBernstein:
     def __post_init__(self) -> None:
         low, high = self.reward_range
         if not (0 < self.weight_bound < math.inf and -math.inf < low < high < math.inf):
-            raise ValueError(
+            raise InputError(
                 f"found weight_bound={self.weight_bound}, reward_range={self.reward_range}; "
                 "expected a positive, finite bound and a finite range (low, high) with low < high"
             )
@@ -102,12 +102,12 @@ class EmpiricalBernstein:
         """Raise unless rows are independent and bounded as promised, and every estimator is a plain mean of them."""
         for one in estimators:
             if not isinstance(one, Bounded):
-                raise ValueError(
+                raise InputError(
                     f"{one} has no empirical-Bernstein interval: it is not the plain mean of one bounded column. "
                     'Ask for interval="normal" or "bootstrap", or for estimators such as IPS, cIPS or DR'
                 )
         if data.cluster is not None or data.sample_weight is not None:
-            raise ValueError(
+            raise InputError(
                 "empirical-Bernstein intervals hold for independent rows that count alike; this log has clusters or "
                 'sample weights. Ask for interval="normal" or "bootstrap"'
             )
@@ -138,15 +138,15 @@ class EmpiricalBernstein:
 
 
 def interval_named(name: str | Interval) -> Interval:
-    """An interval from its name. Raises ValueError for an unknown name or one that cannot stand alone."""
+    """An interval from its name. Raises InputError for an unknown name or one that cannot stand alone."""
     if not isinstance(name, str):
         return name
     if name == "bernstein":
-        raise ValueError(
+        raise InputError(
             "an empirical-Bernstein interval needs a bound on the weights and the range of rewards: "
             "pass EmpiricalBernstein(weight_bound=10.0, reward_range=(0.0, 1.0)) with your numbers"
         )
     known: dict[str, Interval] = {"normal": Normal(), "bootstrap": Bootstrap()}
     if name not in known:
-        raise ValueError(f"unknown interval {name!r}; expected normal, bootstrap or an EmpiricalBernstein")
+        raise InputError(f"unknown interval {name!r}; expected normal, bootstrap or an EmpiricalBernstein")
     return known[name]

@@ -10,20 +10,19 @@ from typing import Any, Literal
 
 import numpy as np
 from sklearn.base import clone, is_classifier
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import has_fit_parameter
 
-from ope.data import FloatArray, LoggedData, assign_folds
+from ope.data import FloatArray, InputError, LoggedData, assign_folds
 
 Design = Literal["additive", "per_action"]
 
 
-def default_reward_model(reward: FloatArray) -> Any:
-    """A linear model on scaled features: logistic where rewards are 0 or 1, ridge otherwise."""
-    binary = bool(np.isin(reward, (0.0, 1.0)).all())
-    return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000) if binary else Ridge(alpha=10.0))
+def default_reward_model() -> Any:
+    """Ridge on scaled features, its penalty chosen by leave-one-out error: where rewards are rare it predicts their mean."""
+    return make_pipeline(StandardScaler(), RidgeCV(alphas=np.logspace(0, 7, 15)))
 
 
 def cross_fit_reward(
@@ -42,10 +41,10 @@ def cross_fit_reward(
     one on the context for each action, or the mean reward where an action was never taken. `model`: any scikit-learn
     regressor, or classifier of the reward's values; by default `default_reward_model`. `progress` is called per fold.
     """
-    model = default_reward_model(data.reward) if model is None else model
+    model = default_reward_model() if model is None else model
     predict = _predict_additive if design == "additive" else _predict_per_action
     if design not in ("additive", "per_action"):
-        raise ValueError(f"found design {design!r}; expected 'additive' or 'per_action'")
+        raise InputError(f"found design {design!r}; expected 'additive' or 'per_action'")
     q = np.empty((data.n, k))
     for train, test in _splits(data, folds, seed):
         q[test] = predict(data, k, model, train, test)
@@ -111,7 +110,7 @@ def _fit(model: Any, features: FloatArray, target: Any, weight: FloatArray | Non
     if hasattr(fitted, "steps"):
         return fitted.fit(features, target, **{f"{fitted.steps[-1][0]}__sample_weight": weight})
     if not has_fit_parameter(fitted, "sample_weight"):
-        raise ValueError(f"{type(fitted).__name__} takes no sample weights, but this log has them; choose another model")
+        raise InputError(f"{type(fitted).__name__} takes no sample weights, but this log has them; choose another model")
     return fitted.fit(features, target, sample_weight=weight)
 
 

@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ope.accumulate import Accumulated, Candidate, Target, accumulate
-from ope.data import FloatArray, IntArray, LoggedData, assign_folds
+from ope.data import FloatArray, InputError, IntArray, LoggedData, assign_folds
+from ope.diagnostics import Thresholds, check_log, judge
 from ope.estimators import IPS, Estimator, estimator
+from ope.evaluation import candidate_diagnostics
 from ope.primitives.divergences import total_variation
 
 Tie = Literal["first", "last"]
@@ -63,9 +65,11 @@ class Selection:
 
     estimator: str
     ranking: tuple[str, ...]
-    """Labels by their value on fold A, near-duplicates left out."""
+    """Labels by their value on fold A, near-duplicates and refused estimates left out."""
     duplicates: Mapping[str, tuple[str, float]]
     """What was left out: label -> (the better ranked twin, total variation between them)."""
+    blocked: Mapping[str, tuple[str, ...]]
+    """What may not be shortlisted, since its estimate is refused: label -> reasons."""
     selected_on: FloatArray
     """Values on fold A in the order of `ranking`: optimistic, since they chose it."""
     values: FloatArray
@@ -83,11 +87,11 @@ def ranking(estimated: ArrayLike, *, tie: Tie = "first") -> IntArray:
     """Indices (m,) by (-estimate, index): the highest first, and among equals the first, or with `tie="last"` the last.
 
     The tie rule is part of the result, since sorting routines differ. "last" is that of the published figures.
-    Raises ValueError for estimates that are not finite.
+    Raises InputError for estimates that are not finite.
     """
     values = np.asarray(estimated, dtype=np.float64)
     if values.ndim != 1 or not np.isfinite(values).all():
-        raise ValueError(f"found estimates {values}; expected a flat array of finite numbers")
+        raise InputError(f"found estimates {values}; expected a flat array of finite numbers")
     index = np.arange(len(values))
     return np.lexsort((index if tie == "first" else -index, -values))
 
@@ -111,7 +115,7 @@ def top_k(
     values = np.asarray(true, dtype=np.float64)
     order = ranking(estimated, tie=tie)
     if len(values) != len(order) or not 1 <= k <= len(order):
-        raise ValueError(
+        raise InputError(
             f"found {len(order)} estimates, {len(values)} true values, k={k}; expected as many of both, and k among them"
         )
     top = values[order[:k]]
@@ -145,7 +149,7 @@ def sharpe_ratio_at_k(
     last = values[order[k - 1]]
     sure, tied = [i for i in order if values[i] > last], [i for i in order if values[i] == last]
     if math.comb(len(tied), k - len(sure)) > 100_000:
-        raise ValueError(f"found {len(tied)} candidates tied at place {k}; expected few enough to average over every order of them")
+        raise InputError(f"found {len(tied)} candidates tied at place {k}; expected few enough to average over every order of them")
     ratios = [
         top_k(np.arange(k), np.asarray(true, dtype=np.float64)[[*sure, *some]], baseline, k, ddof=ddof, cap=cap).sharpe_ratio
         for some in combinations(tied, k - len(sure))
@@ -195,12 +199,15 @@ def select(
 
     `by` is the estimator that ranks and values. Values on B are jointly normal with the covariance of the stacked
     columns; harm is a value below `threshold`, by default below the baseline in the same draw. Folds keep clusters whole.
+    A candidate whose estimate on fold B is refused is blocked.
     """
     kind, fold = estimator(by), assign_folds(data, 2, seed)
-    folds = [_fold(data, targets, q, kind, baseline, np.flatnonzero(fold == side)) for side in (0, 1)]
+    parts = [np.flatnonzero(fold == side) for side in (0, 1)]
+    folds = [_fold(data, targets, q, kind, baseline, rows) for rows in parts]
     labels = list(targets)
+    blocked = _blocked(data.take(parts[1]), labels, folds[1])
     values_a, values_b = (sums.stack.values() for sums in folds)
-    order = [labels[i] for i in ranking(values_a[:-1])]
+    order = [labels[i] for i in ranking(values_a[:-1]) if labels[i] not in blocked]
     twins = near_duplicates(targets, order, tolerance=tolerance)
     kept = [label for label in order if label not in twins]
     chosen = [*(labels.index(label) for label in kept), len(labels)]
@@ -208,7 +215,8 @@ def select(
     possible = np.random.default_rng(seed).multivariate_normal(values, covariance, size=draws, method="eigh")
     shortlists = tuple(_shortlist(kept, possible, k, threshold) for k in sizes if 2 <= k <= len(kept))
     return Selection(
-        estimator=str(kind), ranking=tuple(kept), duplicates=twins, selected_on=values_a[chosen[:-1]], values=values[:-1],
+        estimator=str(kind), ranking=tuple(kept), duplicates=twins, blocked=blocked,
+        selected_on=values_a[chosen[:-1]], values=values[:-1],
         covariance=covariance, baseline=float(values[-1]), shortlists=shortlists, knee=_knee(shortlists),
     )  # fmt: skip
 
@@ -225,10 +233,21 @@ def _fold(
     return accumulate(data.take(rows), candidates)
 
 
+def _blocked(data: LoggedData, labels: Sequence[str], sums: Accumulated) -> dict[str, tuple[str, ...]]:
+    checks = check_log(data, None)
+    found = {}
+    for label, weight in zip(labels, candidate_diagnostics(data, sums), strict=False):
+        verdict, reasons = judge(checks, weight, Thresholds(), policy="candidate")
+        if verdict == "refused":
+            found[label] = reasons
+    return found
+
+
 def _shortlist(labels: Sequence[str], possible: FloatArray, k: int, threshold: float | None) -> Shortlist:
     """Expectations over possible values (draws, m + 1), the baseline last."""
     top, baseline = possible[:, :k], possible[:, -1]
-    below = top < (baseline[:, None] if threshold is None else threshold)
+    limit = baseline[:, None] if threshold is None else np.full((1, 1), threshold)
+    below = top < limit - 1e-9 * np.abs(limit)  # a candidate that is the baseline ties with it, up to rounding
     return Shortlist(
         k=k, candidates=tuple(labels[:k]), gain=float(np.maximum(top.max(axis=1) - baseline, 0.0).mean()),
         std=float(top.std(axis=1, ddof=1).mean()), p_any_harm=float(below.any(axis=1).mean()), violation=float(below.mean()),

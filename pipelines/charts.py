@@ -1,0 +1,132 @@
+"""Charts as inline SVG, drawn in batch: text and axes in the page's own colour, so that they read in light and dark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import altair as alt
+import numpy as np
+import vl_convert
+
+from ope import Estimate, Report
+from ope.data import FloatArray
+from ope.selection import Shortlist
+
+COLOURS = {"DM": "#8a8a8a", "IPS": "#2b8cc4", "SNIPS": "#d9660a", "DR": "#0f9d78"}
+SHAPES = {"DM": "diamond", "IPS": "circle", "SNIPS": "square", "DR": "triangle-up"}
+WIDTH = 620
+
+
+def forest(reports: Mapping[str, Report], baseline: float) -> str:
+    """Values with intervals, a band per policy, a mark per main estimator; refused estimates have a word instead of a mark."""
+    rows = [
+        {"policy": policy, **_point(report[name], name)} for policy, report in reports.items() for name in COLOURS if name in report
+    ]
+    data, order = alt.Data(values=rows), list(reports)
+    y = alt.Y("policy:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=200))
+    place: dict[str, Any] = {"y": y, "yOffset": alt.YOffset("estimator:N", sort=list(COLOURS))}
+    colour = alt.Color("estimator:N", scale=_scale(COLOURS), legend=alt.Legend(orient="top", title=None))
+    shape = alt.Shape("estimator:N", scale=_scale(SHAPES), legend=alt.Legend(orient="top", title=None))
+    shown, refused = alt.datum.verdict != "refused", alt.datum.verdict == "refused"
+    base = alt.Chart(data)
+    bars = base.mark_rule(strokeWidth=2).encode(x=_x("low"), x2="high:Q", color=colour, **place).transform_filter(shown)
+    points = base.mark_point(filled=True, size=70, opacity=1).encode(x=_x("value"), color=colour, shape=shape, **place)
+    words = base.mark_text(align="left", color="currentColor", fontSize=10, dx=4).encode(
+        x=alt.datum(baseline), text=alt.value("refused"), **place
+    )
+    line = alt.Chart(alt.Data(values=[{"x": baseline}])).mark_rule(strokeDash=[4, 4], color="currentColor").encode(x="x:Q")
+    return _svg(
+        alt.layer(line, bars, points.transform_filter(shown), words.transform_filter(refused)).properties(
+            width=WIDTH, height=alt.Step(14)
+        )
+    )
+
+
+def check(forecasts: Sequence[Estimate], own: Estimate) -> str:
+    """Each estimator's forecast with its interval, over the band of the click rate that was measured."""
+    rows = [_point(estimate, estimate.estimator) for estimate in forecasts if estimate.verdict != "refused"]
+    order = [estimate.estimator for estimate in forecasts]
+    y = alt.Y("estimator:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False))
+    base = alt.Chart(alt.Data(values=rows)).encode(y=y)
+    band = alt.Chart(alt.Data(values=[{"low": own.low, "high": own.high, "value": own.value}]))
+    return _svg(
+        alt.layer(
+            band.mark_rect(opacity=0.18, color=COLOURS["IPS"]).encode(x=_x("low"), x2="high:Q"),
+            band.mark_rule(strokeDash=[4, 4], color="currentColor").encode(x="value:Q"),
+            base.mark_rule(strokeWidth=2, color=COLOURS["DR"]).encode(x=_x("low"), x2="high:Q"),
+            base.mark_point(filled=True, size=70, opacity=1, color=COLOURS["DR"]).encode(x=_x("value")),
+        ).properties(width=WIDTH, height=alt.Step(22))
+    )
+
+
+def weights(weight: FloatArray) -> str:
+    """Share of rows and share of weight by size of the weight, in bins that double."""
+    exponent = np.floor(np.log2(weight)).astype(int)
+    rows = []
+    for bin_ in range(int(exponent.min()), int(exponent.max()) + 1):
+        inside = exponent == bin_
+        label = f"{2.0**bin_:g} to {2.0 ** (bin_ + 1):g}"
+        rows.append({"bin": label, "of": "rows", "share": float(inside.mean())})
+        rows.append({"bin": label, "of": "weight", "share": float(weight[inside].sum() / weight.sum())})
+    order = list(dict.fromkeys(str(row["bin"]) for row in rows))
+    chart = alt.Chart(alt.Data(values=rows)).mark_bar().encode(
+        x=alt.X("bin:N", sort=order, title="importance weight", axis=alt.Axis(labelAngle=-40)),
+        xOffset="of:N",
+        y=alt.Y("share:Q", title="share", axis=alt.Axis(format="%")),
+        color=alt.Color(
+            "of:N",
+            scale=alt.Scale(domain=["rows", "weight"], range=[COLOURS["DM"], COLOURS["SNIPS"]]),
+            legend=alt.Legend(orient="top", title="share of"),
+        ),
+    )  # fmt: skip
+    return _svg(chart.properties(width=WIDTH, height=180))
+
+
+def portfolio(shortlists: Sequence[Shortlist], knee: int) -> str:
+    """Four panels over k: what a larger A/B test could gain, and what it risks."""
+    panels = {
+        "gain": ("expected gain", "~g"),
+        "std": ("expected spread", "~g"),
+        "p_any_harm": ("P(any harm)", "%"),
+        "violation": ("share below", "%"),
+    }
+    charts = []
+    for name, (title, form) in panels.items():
+        rows = [{"k": s.k, "value": getattr(s, name), "knee": s.k == knee} for s in shortlists]
+        base = alt.Chart(alt.Data(values=rows)).encode(
+            x=alt.X("k:O", axis=alt.Axis(labelAngle=0)),
+            y=alt.Y("value:Q", title=None, axis=alt.Axis(format=form, tickCount=4), scale=alt.Scale(zero=True)),
+        )
+        points = base.mark_point(filled=True, opacity=1).encode(
+            size=alt.condition("datum.knee", alt.value(140), alt.value(50)), color=alt.value(COLOURS["DR"])
+        )
+        panel = alt.layer(base.mark_line(color=COLOURS["DR"]), points)
+        charts.append(panel.properties(width=125, height=120, title=alt.Title(title, fontSize=11)))
+    return _svg(alt.hconcat(*charts))
+
+
+def _point(estimate: Estimate, name: str) -> dict[str, Any]:
+    return {
+        "estimator": name, "value": estimate.value, "low": estimate.low, "high": estimate.high, "verdict": estimate.verdict
+    }  # fmt: skip
+
+
+def _x(name: str) -> alt.X:
+    return alt.X(f"{name}:Q", title="clicks per decision", axis=alt.Axis(format=".2%", tickCount=7), scale=alt.Scale(zero=False))
+
+
+def _scale(values: Mapping[str, str]) -> alt.Scale:
+    return alt.Scale(domain=list(values), range=list(values.values()))
+
+
+def _svg(chart: Any) -> str:
+    text = {"labelColor": "currentColor", "titleColor": "currentColor", "labelFontSize": 11, "titleFontSize": 11}
+    themed = (
+        chart.configure(background="transparent", font="system-ui, sans-serif")
+        .configure_view(stroke=None)
+        .configure_axis(gridColor="currentColor", gridOpacity=0.12, domainColor="currentColor", tickColor="currentColor", **text)
+        .configure_legend(**text)
+        .configure_title(color="currentColor", fontWeight="normal")
+    )
+    return str(vl_convert.vegalite_to_svg(themed.to_dict()))

@@ -1,0 +1,218 @@
+"""Data frames to validated arrays: columns are named, checked and converted here, and nowhere else."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from ope.data import BoolArray, DataError, FloatArray, IntArray, LoggedData
+
+MAX_LEVELS = 1000
+"""A text column with more levels than this is an identifier, not a feature."""
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnMap:
+    """Which column of a file holds what. Fields are those of `LoggedData`; None means the file does not have it."""
+
+    action: str = "action"
+    reward: str = "reward"
+    propensity: str = "propensity"
+    propensities: str | None = None
+    """A list of k probabilities per row: the logging policy's whole vector."""
+    eligible: str | None = None
+    """A list of the eligible actions per row."""
+    sample_weight: str | None = None
+    cluster: str | None = None
+    context: tuple[str, ...] = field(default=())
+
+    def named(self) -> dict[str, str]:
+        """Field -> column, for the single columns that were named."""
+        names = ("action", "reward", "propensity", "propensities", "eligible", "sample_weight", "cluster")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Log:
+    """A validated log, with what its file knew beside the arrays."""
+
+    data: LoggedData
+    frame: pl.DataFrame
+    source: str
+    labels: tuple[str, ...] | None
+    """Action labels in index order, where the file named its actions by text."""
+
+
+def to_log(frame: pl.DataFrame, columns: ColumnMap, source: str, *, k: int | None = None, estimated: bool = False) -> Log:
+    """Validate a frame's columns into a log. Integer actions are indices; text actions are numbered in sorted order.
+
+    Raises DataError naming the file, its column, the first offending row, what was expected and what to do.
+    """
+    named = columns.named()
+    require_columns(frame.columns, [*named.values(), *columns.context], source)
+    if frame.height == 0:
+        raise DataError("", "an empty log", "at least one row", "Check the filter or the date that wrote it.", source=source)
+    try:
+        action, labels = _actions(frame[columns.action])
+        arrays: dict[str, Any] = {"action": action}
+        for name in ("reward", "propensity", "sample_weight"):
+            if name in named:
+                arrays[name] = numbers(name, frame[named[name]])
+        if "propensities" in named:
+            arrays["propensities"] = vectors("propensities", frame[named["propensities"]])
+        if "eligible" in named:
+            arrays["eligible"] = _eligible(frame[named["eligible"]], labels, max(k or 0, int(action.max()) + 1))
+        if "cluster" in named:
+            _reject_missing("cluster", frame[named["cluster"]])
+            arrays["cluster"] = frame[named["cluster"]].to_numpy()
+        if columns.context:
+            arrays["context"] = design_matrix(frame, columns.context)
+        return Log(LoggedData(**arrays, propensity_estimated=estimated), frame, source, labels)
+    except DataError as error:
+        raise error.located(source, named) from None
+
+
+def require_columns(there: Sequence[str], wanted: Sequence[str], source: str) -> None:
+    """Raise DataError for the first wanted column that is not there, with the closest that is."""
+    for name in wanted:
+        if name not in there:
+            closest = difflib.get_close_matches(name, there, 1, 0.5)
+            hint = f"Did you mean {closest[0]!r}?" if closest else "Name the column that holds it."
+            raise DataError(name, "no such column", f"one of {shown(there)}", hint, source=source)
+
+
+def shown(names: Sequence[str], most: int = 12) -> str:
+    """Names in a sentence, the tail cut off."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def numbers(name: str, column: pl.Series) -> FloatArray:
+    """A column of numbers (n,). Raises DataError at the first missing value or the first that is not a number."""
+    _reject_missing(name, column)
+    values = column.cast(pl.Float64, strict=False)
+    if values.null_count():
+        row = int(values.is_null().arg_max() or 0)
+        raise DataError(name, f"{column[row]!r}", "a number", "Clean the column, or map another one.", row=row)
+    return values.to_numpy()
+
+
+def vectors(name: str, column: pl.Series) -> FloatArray:
+    """A column of lists, or of text that holds JSON lists, as (n, k). Raises DataError where lengths differ."""
+    _reject_missing(name, column)
+    lists = _lists(name, column, pl.Float64)
+    lengths = lists.list.len()
+    if lengths.n_unique() > 1:
+        row = int((lengths != lengths[0]).arg_max() or 0)
+        raise DataError(
+            name, f"{lengths[row]} entries", f"{lengths[0]} in every row, as in row 0", "Write one entry per action.", row=row
+        )
+    return lists.explode(empty_as_null=True).cast(pl.Float64).to_numpy().reshape(len(column), -1)
+
+
+def is_vector(column: pl.Series) -> bool:
+    """True if a policy column holds a list of probabilities per row rather than one."""
+    return isinstance(column.dtype, pl.List | pl.Array) or (column.dtype == pl.String and _starts_a_list(column))
+
+
+def design_matrix(frame: pl.DataFrame, names: Sequence[str]) -> FloatArray:
+    """Columns as features (n, d): numbers as they are, text, booleans and categories one column per level."""
+    blocks: list[FloatArray] = []
+    for name in names:
+        column = frame[name]
+        if column.dtype.is_numeric():
+            blocks.append(numbers(name, column)[:, None])
+            continue
+        levels = column.cast(pl.String).fill_null("(missing)")
+        known = levels.unique().sort()
+        if len(known) > MAX_LEVELS:
+            raise DataError(
+                name, f"{len(known):,} different texts", f"at most {MAX_LEVELS:,}", "Leave identifiers out of the context."
+            )
+        blocks.append((levels.to_numpy()[:, None] == known.to_numpy()[None, :]).astype(np.float64))
+    matrix = np.concatenate(blocks, axis=1)
+    if not np.isfinite(matrix).all():
+        row = int(np.argmin(np.isfinite(matrix).all(axis=1)))
+        raise DataError("context", "a value that is not finite", "finite numbers", "Fill or drop it before evaluating.", row=row)
+    return matrix
+
+
+def _actions(column: pl.Series) -> tuple[IntArray, tuple[str, ...] | None]:
+    _reject_missing("action", column)
+    if column.dtype.is_integer():
+        return column.cast(pl.Int64).to_numpy(), None
+    if column.dtype.is_float():
+        values = column.to_numpy()
+        whole = np.isfinite(values) & (values == np.floor(values))
+        if not whole.all():
+            row = int(np.argmin(whole))
+            raise DataError(
+                "action", f"{values[row]}", "an action index or label", "Map the actions to 0..k-1 or to text.", row=row
+            )
+        return values.astype(np.int64), None
+    labels = column.cast(pl.String)
+    known = labels.unique().sort()
+    return np.searchsorted(known.to_numpy(), labels.to_numpy()), tuple(known.to_list())
+
+
+def _eligible(column: pl.Series, labels: tuple[str, ...] | None, k: int) -> BoolArray:
+    _reject_missing("eligible", column)
+    lists = _lists("eligible", column, pl.Int64 if labels is None else pl.String)
+    owner, member = np.repeat(np.arange(len(column)), lists.list.len().to_numpy()), lists.explode(empty_as_null=False)
+    if labels is not None:
+        code = {label: index for index, label in enumerate(labels)}
+        unseen = sorted(set(member.to_list()) - set(code))
+        if unseen:
+            raise DataError(
+                "eligible", f"action {unseen[0]!r}, which no row took", "labels that occur as actions",
+                "Number the actions 0..k-1, so that their order does not depend on the log.",
+            )  # fmt: skip
+        index = np.array([code[label] for label in member.to_list()], dtype=np.int64)
+    else:
+        index = member.cast(pl.Int64).to_numpy()
+    if len(index) and int(index.min()) < 0:
+        row = int(owner[int(np.argmin(index))])
+        raise DataError("eligible", f"action {int(index.min())}", "indices of at least 0", "Number the actions 0..k-1.", row=row)
+    eligible = np.zeros((len(column), max(k, int(index.max(initial=0)) + 1)), dtype=np.bool_)
+    eligible[owner, index] = True
+    return eligible
+
+
+def _lists(name: str, column: pl.Series, inner: Any) -> pl.Series:
+    if isinstance(column.dtype, pl.Array):
+        return column.arr.to_list()
+    if isinstance(column.dtype, pl.List):
+        return column
+    if column.dtype != pl.String:
+        raise DataError(name, f"{column.dtype} values", "a list per row (in CSV: text such as [0.5, 0.5])", "Write lists.")
+    parsed = []
+    for row, text in enumerate(column.to_list()):
+        try:
+            parsed.append(list(json.loads(text)))
+        except (ValueError, TypeError):
+            raise DataError(name, f"{text!r}", "a JSON list such as [0.5, 0.5]", "Write lists, or use Parquet.", row=row) from None
+    try:
+        return pl.Series(name, parsed, dtype=pl.List(inner), strict=True)
+    except (TypeError, pl.exceptions.PolarsError) as error:
+        raise DataError(name, f"list entries of the wrong type ({error})", f"lists of {inner}", "Write plain lists.") from None
+
+
+def _starts_a_list(column: pl.Series) -> bool:
+    first = column.drop_nulls()
+    return len(first) > 0 and str(first[0]).lstrip().startswith("[")
+
+
+def _reject_missing(name: str, column: pl.Series) -> None:
+    if column.null_count():
+        row = int(column.is_null().arg_max() or 0)
+        remedies = {
+            "propensity": "Log the propensity of the action that was really served, drop the row or estimate it; never fill in 1.",
+            "reward": "Drop rows whose reward is not known yet; unknown is not 0.",
+        }
+        raise DataError(name, "a missing value", "a value in every row", remedies.get(name, "Fill or drop it first."), row=row)

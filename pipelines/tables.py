@@ -1,0 +1,78 @@
+"""Estimates as tables for a terminal. Numbers that were refused are not printed unless forced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ope import Estimate, Report
+
+STYLES = {"trust": "green", "caution": "yellow", "refused": "red"}
+
+
+def print_report(console: Console, title: str, report: Report, *, force: bool = False) -> None:
+    """One report as a table, then every reason once."""
+    print_reports(console, title, {"": report}, force=force)
+
+
+def print_reports(console: Console, title: str, reports: Mapping[str, Report], *, force: bool = False) -> None:
+    """Reports of several policies in one table, then every reason once, with the policies that it concerns."""
+    first = next(iter(reports.values())).estimates[0]
+    console.print(f"[bold]{escape(title)}[/]", highlight=False)
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    table.add_column("estimator", no_wrap=True)
+    for heading in ("value", "stderr", f"{100 * first.level:g} % {first.interval}", "ESS"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for policy, report in reports.items():
+        if policy:
+            table.add_row(f"[bold]{escape(policy)}[/]")
+        for estimate in report.estimates:
+            table.add_row(*_cells(estimate, force))
+    console.print(table)
+    for line in reasons(reports):
+        console.print(f"- {escape(line)}", highlight=False)
+
+
+def reasons(reports: Mapping[str, Report]) -> list[str]:
+    """Every reason against an estimate, once, with the policies and estimators it concerns."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for policy, report in reports.items():
+        for estimate in report.estimates:
+            for reason in estimate.reasons:
+                found.setdefault(reason, {}).setdefault(policy, []).append(estimate.estimator)
+    return [f"{_whom(reports, by_policy)}{reason}" for reason, by_policy in found.items()]
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent where people can do without."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    magnitude = math.floor(math.log10(abs(value)))
+    return f"{value:,.{max(0, 2 - magnitude)}f}" if -5 <= magnitude < 9 else f"{value:.3g}"
+
+
+def _cells(estimate: Estimate, force: bool) -> Iterable[str]:
+    shown = force or estimate.verdict != "refused"
+    yield estimate.estimator
+    yield number(estimate.value) if shown else "-"
+    yield f"{estimate.stderr:.2g}" if shown else "-"
+    yield f"{number(estimate.low)} to {number(estimate.high)}" if shown else "withheld"
+    yield f"{estimate.ess:,.0f}"
+    yield f"[{STYLES[estimate.verdict]}]{estimate.verdict}[/]"
+
+
+def _whom(reports: Mapping[str, Report], by_policy: Mapping[str, list[str]]) -> str:
+    """Whom a reason concerns: nothing to add where it is everybody."""
+    sets = {tuple(names) for names in by_policy.values()}
+    if len(by_policy) == len(reports) and len(sets) == 1:  # the same estimators of every policy
+        (names,) = sets
+        return "" if len(names) == len(next(iter(reports.values()))) else f"{', '.join(names)}: "
+    parts = [
+        policy if len(names) == len(reports[policy]) else f"{policy} {', '.join(names)}" for policy, names in by_policy.items()
+    ]
+    return f"{'; '.join(parts)}: "
