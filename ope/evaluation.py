@@ -13,7 +13,7 @@ from ope.accumulate import Accumulated, Candidate, Target, accumulate, checked_s
 from ope.data import DataError, FloatArray, InputError, LoggedData
 from ope.diagnostics import Diagnostics, LogChecks, Thresholds, check_log, judge, weight_diagnostics
 from ope.estimate import Estimate, Level
-from ope.estimators import Estimator, estimator
+from ope.estimators import Bounded, Estimator, estimator
 from ope.intervals import Bootstrap, EmpiricalBernstein, Interval, interval_named
 from ope.stack import Stack
 
@@ -84,8 +84,9 @@ def evaluate(
     if not 0 < level < 1:
         raise InputError(f"found level={level}; expected a coverage between 0 and 1, such as 0.95")
     target, q, baseline = _array(target), None if q is None else np.asarray(q), None if baseline is None else _array(baseline)
-    chosen = _chosen(estimators, q is not None and not _scalar(target, data), baseline is not None)
-    kind, candidate = interval_named(interval), Candidate("target", target, chosen, q)
+    kind = interval_named(interval)
+    chosen = _chosen(estimators, q is not None and not _scalar(target, data), baseline is not None, kind)
+    candidate = Candidate("target", target, chosen, q)
     checked_shapes(data, candidate, baseline)
     _check_needs(chosen, candidate, data, baseline)
     if isinstance(kind, EmpiricalBernstein):
@@ -176,11 +177,13 @@ def _notes(one: Estimator, data: LoggedData, stack: Stack, kind: Interval, log: 
     return tuple(notes)
 
 
-def _chosen(names: Sequence[str | Estimator] | None, has_q: bool, has_baseline: bool) -> tuple[Estimator, ...]:
+def _chosen(names: Sequence[str | Estimator] | None, has_q: bool, has_baseline: bool, kind: Interval) -> tuple[Estimator, ...]:
     if isinstance(names, str):
         raise InputError(f"found estimators={names!r}; expected a sequence such as ({names!r},)")
     if names is None:
         names = [*(["DM"] if has_q else []), "IPS", "SNIPS", *(["DR"] if has_q else []), *(["Delta"] if has_baseline else [])]
+        if isinstance(kind, EmpiricalBernstein):
+            names = [name for name in names if isinstance(estimator(name), Bounded)]
     chosen = tuple(dict.fromkeys(estimator(name) for name in names))
     if not chosen:
         raise InputError("no estimator was asked for; expected at least one, such as 'IPS'")
@@ -191,16 +194,16 @@ def _check_needs(chosen: Sequence[Estimator], candidate: Candidate, data: Logged
     for one in chosen:
         if one.needs.baseline and baseline is None:
             raise InputError(f"{one} compares two policies; expected a baseline: (n, k) probabilities, or 'logging'")
-        if one.needs.q and candidate.q is None:
-            raise InputError(
-                f"{one} needs a reward model; expected q, its predictions (n, k). "
-                "Pass q, or fit one with ope.nuisance.cross_fit_reward (on the command line: --context)"
-            )
         if one.needs.q and _scalar(candidate.target, data):
             raise DataError(
                 "target", "one probability per row", f"all k of them, which {one} needs beside the logged action's",
                 "Give the whole vector (n, k), or ask only for IPS, SNIPS, cIPS, beta-IPS or Delta.",
             )  # fmt: skip
+        if one.needs.q and candidate.q is None:
+            raise InputError(
+                f"{one} needs a reward model; expected q, its predictions (n, k). "
+                "Pass q, or fit one with ope.nuisance.cross_fit_reward (on the command line: --context)"
+            )
 
 
 def _baseline_diagnostics(data: LoggedData, baseline: Target) -> Diagnostics:

@@ -1,0 +1,40 @@
+# Two commands matter: `make demo` and `make test`. Both install what they need into .venv and can be run again.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test static tests bench-ope clean
+
+demo: .venv/.demo
+	$(BIN)/propel demo
+
+test: static tests
+
+static: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+tests: .venv/.dev
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+bench-ope: .venv/.demo
+	$(BIN)/python -m benchmarks.ope --rounds 1000000 --actions 10
+	$(BIN)/python -m benchmarks.ope --rounds 10000000 --actions 10
+
+clean:
+	rm -rf .venv propel-demo .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+.venv/.demo: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Propel needs Python 3.11 or newer; set PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing what the demo needs into .venv; this takes a minute or two."
+	$(PIP) '.[jobs]'
+	@touch $@
+
+.venv/.dev: .venv/.demo
+	@echo "Installing what the checks need into .venv, torch among it; this takes some minutes."
+	$(PIP) '.[dev]'
+	@touch $@
