@@ -189,7 +189,7 @@ def _controlled_gradient(mean: FloatArray, centre: float) -> FloatArray:
     b = float(baselines.optimal_control_variate(*mean))
     variance = w2 - w * w
     b_gradient = np.zeros(4)
-    if variance > 1e-12 * w2:  # where the weights do not vary, b is the constant 0
+    if baselines.weights_vary(w, w2):  # where the weights do not vary, b is the constant 0
         b_gradient = np.array((2 * w * b - wr, -w, -b, 1.0)) / variance
     return np.array((-b, 1.0, 0.0, 0.0)) - (w - centre) * b_gradient
 

@@ -16,7 +16,8 @@ def namespace(*arrays: Array) -> Any:
 
 
 def same_shape(**arrays: Array) -> None:
-    """Raise ValueError, naming every shape, unless all arrays have one shape: broadcasting by accident is how (n, n) is born."""
+    """Raise unless arrays share a library (TypeError) and a shape (ValueError): broadcasting by accident is how (n, n) is born."""
+    namespace(*arrays.values())
     if len({tuple(array.shape) for array in arrays.values()}) > 1:
         found = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items())
         raise ValueError(f"shapes differ: {found}; expected one shape for all")

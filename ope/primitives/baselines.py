@@ -35,6 +35,13 @@ def leave_one_out(reward: Array, group: Array, mask: Array) -> Array:
     return xp.where(mask & (count > 1), centred, xp.zeros_like(reward))
 
 
+def weights_vary(w: Array, w2: Array) -> Array:
+    """True where the means of w and w² show a variance that is more than rounding: over half of its digits survive."""
+    xp = namespace(w, w2)
+    same_shape(w=w, w2=w2)
+    return w2 - w * w > xp.finfo(w2.dtype).eps ** 0.5 * w2
+
+
 def optimal_control_variate(w: Array, wr: Array, w2: Array, w2r: Array) -> Array:
     """b = cov(w, w·r) / var(w) from the means of w, w·r, w², w²·r (any one shape): minimises var(w·r - b·w).
 
@@ -42,6 +49,5 @@ def optimal_control_variate(w: Array, wr: Array, w2: Array, w2r: Array) -> Array
     """
     xp = namespace(w, wr, w2, w2r)
     same_shape(w=w, wr=wr, w2=w2, w2r=w2r)
-    variance = w2 - w * w
-    varies = variance > 1e-12 * w2  # below this the difference of squares is rounding
-    return xp.where(varies, (w2r - w * wr) / xp.where(varies, variance, xp.ones_like(variance)), xp.zeros_like(variance))
+    vary, variance = weights_vary(w, w2), w2 - w * w
+    return xp.where(vary, (w2r - w * wr) / xp.where(vary, variance, xp.ones_like(variance)), xp.zeros_like(variance))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from ope.primitives._xp import Array, namespace, same_shape
+from ope.primitives._xp import Array, as_float32, namespace, same_shape
 from ope.primitives.terms import Terms
 
 
@@ -23,7 +23,7 @@ def reduce_terms(values: Array, mask: Array, *, scope: Literal["token", "sequenc
     Which one is meant changes results more than most methods do, so it is never a default.
     """
     xp = namespace(values, mask)
-    same_shape(values=values, mask=mask)
+    values = as_float32(values)  # bfloat16 cannot count beyond 256
     length = xp.sum(xp.astype(mask, values.dtype), axis=-1)
     total = masked_sum(values, mask, axis=-1)
     if scope == "token":
@@ -38,6 +38,8 @@ def divide(terms: Terms, all_sum: Callable[[Array], Array] = lambda x: x) -> Arr
 
     An empty denominator gives 0, so that a batch without a counted row changes nothing.
     """
-    xp = namespace(terms.num)
+    xp = namespace(terms.num, terms.den)
+    same_shape(num=terms.num, den=terms.den)
     num, den = all_sum(terms.num), all_sum(terms.den)
-    return xp.where(den > 0, num / xp.where(den > 0, den, xp.ones_like(den)), xp.zeros_like(num))
+    counted = den != 0
+    return xp.where(counted, num / xp.where(counted, den, xp.ones_like(den)), xp.zeros_like(num))

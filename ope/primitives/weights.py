@@ -17,7 +17,10 @@ def importance(target_propensity: Array, propensity: Array) -> Array:
 
 
 def log_ratio(logp: Array, logp_behavior: Array, bound: float = 20.0) -> Array:
-    """log(π/μ) from log-probabilities, bounded at ±`bound`, in float32 or better."""
+    """log(π/μ) from log-probabilities, bounded at ±`bound`, in float32 or better.
+
+    Where both are -inf there is no ratio: mask such positions (`where`) before, not after.
+    """
     xp = namespace(logp, logp_behavior)
     same_shape(logp=logp, logp_behavior=logp_behavior)
     return xp.clip(as_float32(logp) - as_float32(logp_behavior), -bound, bound)
@@ -56,12 +59,17 @@ def shrink(weight: Array, strength: float) -> Array:
 
 def saturate(weight: Array, strength: float) -> Array:
     """w / (1 - L + L·w): the harmonic, subgaussian weight, at most 1/L (Metelli et al. 2021). L = 0 keeps w."""
-    return weight / (1 - strength + strength * weight)
+    xp = namespace(weight)
+    divisor = 1 - strength + strength * weight
+    positive = divisor > 0  # 0/0 only at L = 1 and w = 0, where the limit is 0
+    return xp.where(positive, weight / xp.where(positive, divisor, xp.ones_like(divisor)), xp.zeros_like(weight))
 
 
 def exp_advantage(advantage: Array, temperature: float, high: float = math.inf) -> Array:
     """exp(A / temperature), at most `high`: the weight of advantage-weighted regression (Peng et al. 2019)."""
-    return clip(namespace(advantage).exp(as_float32(advantage) / temperature), high=high)
+    xp = namespace(advantage)
+    exponent = as_float32(advantage) / temperature
+    return xp.exp(xp.clip(exponent, None, math.log(high)))  # bounded before exp can overflow
 
 
 def per_decision(log_ratios: Array, bound: float = 20.0) -> Array:
