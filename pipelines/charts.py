@@ -15,7 +15,7 @@ from ope.selection import Shortlist
 
 COLOURS = {"DM": "#8a8a8a", "IPS": "#2b8cc4", "SNIPS": "#d9660a", "DR": "#0f9d78"}
 SHAPES = {"DM": "diamond", "IPS": "circle", "SNIPS": "square", "DR": "triangle-up"}
-WIDTH = 620
+WIDTH = 700
 
 
 def forest(reports: Mapping[str, Report], baseline: float) -> str:
@@ -66,12 +66,12 @@ def weights(weight: FloatArray) -> str:
     rows = []
     for bin_ in range(int(exponent.min()), int(exponent.max()) + 1):
         inside = exponent == bin_
-        label = f"{2.0**bin_:g} to {2.0 ** (bin_ + 1):g}"
+        label = f"{2.0**bin_:g}" if bin_ >= 0 else f"{2.0**bin_:.2g}"
         rows.append({"bin": label, "of": "rows", "share": float(inside.mean())})
         rows.append({"bin": label, "of": "weight", "share": float(weight[inside].sum() / weight.sum())})
     order = list(dict.fromkeys(str(row["bin"]) for row in rows))
     chart = alt.Chart(alt.Data(values=rows)).mark_bar().encode(
-        x=alt.X("bin:N", sort=order, title="importance weight", axis=alt.Axis(labelAngle=-40)),
+        x=alt.X("bin:N", sort=order, title="importance weight, at least (bins double)", axis=alt.Axis(labelAngle=0)),
         xOffset="of:N",
         y=alt.Y("share:Q", title="share", axis=alt.Axis(format="%")),
         color=alt.Color(
@@ -102,7 +102,7 @@ def portfolio(shortlists: Sequence[Shortlist], knee: int) -> str:
             size=alt.condition("datum.knee", alt.value(140), alt.value(50)), color=alt.value(COLOURS["DR"])
         )
         panel = alt.layer(base.mark_line(color=COLOURS["DR"]), points)
-        charts.append(panel.properties(width=125, height=120, title=alt.Title(title, fontSize=11)))
+        charts.append(panel.properties(width=140, height=120, title=alt.Title(title, fontSize=11)))
     return _svg(alt.hconcat(*charts))
 
 
@@ -123,7 +123,9 @@ def _scale(values: Mapping[str, str]) -> alt.Scale:
 def _svg(chart: Any) -> str:
     text = {"labelColor": "currentColor", "titleColor": "currentColor", "labelFontSize": 11, "titleFontSize": 11}
     themed = (
-        chart.configure(background="transparent", font="system-ui, sans-serif")
+        chart.configure(
+            background="transparent", font="system-ui, sans-serif", padding={"left": 24, "right": 8, "top": 4, "bottom": 4}
+        )
         .configure_view(stroke=None)
         .configure_axis(gridColor="currentColor", gridOpacity=0.12, domainColor="currentColor", tickColor="currentColor", **text)
         .configure_legend(**text)
