@@ -89,10 +89,11 @@ def ope(
 
     Exit codes: 0 good, 2 bad input, 3 when every requested estimate is refused.
     """
-    with _bad_input(), _progress("Fitting the reward model") as advance:
-        from pipelines.evaluate import evaluate_file
+    with _bad_input():
+        from pipelines.evaluate import FOLDS, evaluate_file
         from pipelines.frame import ColumnMap
 
+    with _bad_input(), _progress("Fitting the reward model", FOLDS) as advance:
         log_and_report = evaluate_file(
             log,
             policy,
@@ -152,15 +153,15 @@ def _bad_input() -> Iterator[None]:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Any]:
-    """A bar on standard error, gone when done; yields a function to call after each of three folds."""
+def _progress(what: str, steps: int) -> Iterator[Any]:
+    """A bar on standard error, gone when done; yields a function to call after each step."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(file=sys.stderr)
     columns = (TextColumn(what), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=3, visible=False)
+        task = progress.add_task("", total=steps, visible=False)
         yield lambda: progress.update(task, advance=1, visible=True)
 
 

@@ -8,7 +8,16 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
-from ope.data import DataError, FloatArray, IntArray, LoggedData, checked_distribution, checked_propensity, checked_width
+from ope.data import (
+    DataError,
+    FloatArray,
+    InputError,
+    IntArray,
+    LoggedData,
+    checked_distribution,
+    checked_propensity,
+    checked_width,
+)
 from ope.estimators import Estimator, Needs, Rows, mean_gradient, mean_value
 from ope.moments import Moments, counted, sum_by_code
 from ope.primitives import terms, weights
@@ -95,6 +104,18 @@ def accumulate(
     return _accumulated(candidates, widths, Stack((), whole, sums), kept)
 
 
+def as_target(target: Target) -> Target:
+    """The target as an array, or "logging". Raises InputError for another word, DataError for another shape."""
+    if isinstance(target, str):
+        if target != "logging":
+            raise InputError(f"found target {target!r}; expected an array of probabilities, or 'logging'")
+        return target
+    array = np.asarray(target)
+    if array.ndim not in (1, 2):
+        raise DataError("target", f"shape {array.shape}", "shape (n, k), or (n,)", "Pass probabilities row by row.")
+    return array
+
+
 def rows_of(data: LoggedData, candidate: Candidate, baseline: Target | None, rows: slice) -> Rows:
     """The per-row arrays of one candidate on a part of the log: the only place where weights and model values are made."""
     action, propensity = data.action[rows], data.propensity[rows]
@@ -157,8 +178,11 @@ def _cluster_code(data: LoggedData) -> tuple[IntArray | None, int]:
 
 
 def _random_blocks(n: int, seed: int) -> IntArray:
-    """The bootstrap's block of each row (n,) where rows are independent: itself, or one of `MIN_BLOCKS` at random."""
-    return np.arange(n) if n <= MIN_BLOCKS else np.random.default_rng(seed).integers(0, MIN_BLOCKS, n)
+    """The bootstrap's block of each row (n,) where rows are independent: itself, or one of `MIN_BLOCKS` at random.
+
+    The stream differs from that of the resamples, which start from the same seed.
+    """
+    return np.arange(n) if n <= MIN_BLOCKS else np.random.default_rng((seed, 1)).integers(0, MIN_BLOCKS, n)
 
 
 def _chunks(data: LoggedData, candidates: Sequence[Candidate]) -> Iterator[slice]:

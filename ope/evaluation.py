@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ope.accumulate import Accumulated, Candidate, Target, accumulate, checked_shapes, width_of
+from ope.accumulate import Accumulated, Candidate, Target, accumulate, as_target, checked_shapes, width_of
 from ope.data import DataError, FloatArray, InputError, LoggedData
 from ope.diagnostics import Diagnostics, LogChecks, Thresholds, check_log, judge, weight_diagnostics
 from ope.estimate import Estimate, Level
@@ -30,7 +30,10 @@ class Report(Mapping[str, Estimate]):
     log: LogChecks
 
     def __getitem__(self, key: str | Estimator) -> Estimate:
-        wanted = str(estimator(key))
+        try:
+            wanted = str(estimator(key))
+        except InputError:
+            wanted = str(key)
         for estimate in self.estimates:
             if estimate.estimator == wanted:
                 return estimate
@@ -83,7 +86,7 @@ def evaluate(
     """
     if not 0 < level < 1:
         raise InputError(f"found level={level}; expected a coverage between 0 and 1, such as 0.95")
-    target, q, baseline = _array(target), None if q is None else np.asarray(q), None if baseline is None else _array(baseline)
+    target, q, baseline = as_target(target), None if q is None else np.asarray(q), None if baseline is None else as_target(baseline)
     kind = interval_named(interval)
     chosen = _chosen(estimators, q is not None and not _scalar(target, data), baseline is not None, kind)
     candidate = Candidate("target", target, chosen, q)
@@ -208,17 +211,6 @@ def _check_needs(chosen: Sequence[Estimator], candidate: Candidate, data: Logged
 
 def _baseline_diagnostics(data: LoggedData, baseline: Target) -> Diagnostics:
     return candidate_diagnostics(data, accumulate(data, [Candidate("baseline", baseline, ())]))[0]
-
-
-def _array(target: Target) -> Target:
-    if isinstance(target, str):
-        if target != "logging":
-            raise InputError(f"found target {target!r}; expected an array of probabilities, or 'logging'")
-        return target
-    array = np.asarray(target)
-    if array.ndim not in (1, 2):
-        raise DataError("target", f"shape {array.shape}", "shape (n, k), or (n,)", "Pass probabilities row by row.")
-    return array
 
 
 def _scalar(target: Target, data: LoggedData) -> bool:

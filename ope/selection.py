@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ope.accumulate import Accumulated, Candidate, Target, accumulate
+from ope.accumulate import Accumulated, Candidate, Target, accumulate, as_target, checked_shapes
 from ope.data import FloatArray, InputError, IntArray, LoggedData, assign_folds
 from ope.diagnostics import Thresholds, check_log, judge
 from ope.estimators import IPS, Estimator, estimator
@@ -202,6 +202,9 @@ def select(
     A candidate whose estimate on fold B is refused is blocked.
     """
     kind, fold = estimator(by), assign_folds(data, 2, seed)
+    targets, baseline = {label: np.asarray(target) for label, target in targets.items()}, as_target(baseline)
+    for label, target in targets.items():
+        checked_shapes(data, Candidate(label, target, (kind,), q), baseline)
     parts = [np.flatnonzero(fold == side) for side in (0, 1)]
     folds = [_fold(data, targets, q, kind, baseline, rows) for rows in parts]
     labels = list(targets)

@@ -34,22 +34,23 @@ class Stack:
     def values(self, mean: FloatArray | None = None) -> FloatArray:
         """Values (..., m) at counted means (..., d + 1), by default those of the log."""
         rows = per_row(self.moments.mean if mean is None else mean)
-        with np.errstate(divide="ignore", invalid="ignore"):  # no overlap: Σw = 0, and the verdict says so
+        with _no_overlap():
             return np.stack([part.estimator.value(rows[..., part.columns]) for part in self.parts], axis=-1)
 
     def jacobian(self) -> FloatArray:
         """Gradients of all values at the counted mean (m, d + 1)."""
         rows = per_row(self.moments.mean)
         gradients = np.zeros((len(self.parts), len(rows)))
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with _no_overlap():
             for row, part in zip(gradients, self.parts, strict=True):
                 row[part.columns] = part.estimator.gradient(rows[part.columns])
-        return per_row_gradient(gradients, self.moments.mean)
+            return per_row_gradient(gradients, self.moments.mean)
 
     def covariance(self) -> FloatArray:
         """Covariance of all values (m, m), by the delta method."""
         jacobian = self.jacobian()
-        return jacobian @ self.moments.covariance() @ jacobian.T
+        with _no_overlap():
+            return jacobian @ self.moments.covariance() @ jacobian.T
 
     def stderrs(self) -> FloatArray:
         """Standard errors (m,)."""
@@ -60,6 +61,11 @@ class Stack:
         if self.parts != other.parts:
             raise ValueError(f"stacks differ: {_labels(self.parts)} and {_labels(other.parts)}; expected the same estimates")
         return Stack(self.parts, self.moments + other.moments, np.concatenate((self.blocks, other.blocks)))
+
+
+def _no_overlap() -> np.errstate:
+    """Silence divisions by Σw = 0: the value is then NaN, and the verdict says that nothing overlaps."""
+    return np.errstate(divide="ignore", invalid="ignore")
 
 
 def parts_of(estimators: Sequence[tuple[str, Estimator, int]]) -> tuple[Part, ...]:
