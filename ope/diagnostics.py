@@ -108,6 +108,9 @@ def check_log(data: LoggedData, k: int | None) -> LogChecks:
     excess = 1 / data.propensity - sizes
     stderr = float(excess.std(ddof=1) / math.sqrt(data.n)) if data.n > 1 else math.nan
     inverse_mean, eligible_mean = float(np.mean(1 / data.propensity)), float(np.mean(sizes))
+    inverse_z = (inverse_mean - eligible_mean) / stderr if stderr > 1e-12 * inverse_mean else 0.0
+    if stderr <= 1e-12 * inverse_mean and abs(inverse_mean - eligible_mean) > 1e-6 * inverse_mean:
+        inverse_z = math.copysign(math.inf, inverse_mean - eligible_mean)  # without sampling error any difference decides
     calibration_p = vector_gap = math.nan
     if data.propensities is not None:
         calibration_p = calibration(data.action, data.propensities)
@@ -116,7 +119,7 @@ def check_log(data: LoggedData, k: int | None) -> LogChecks:
         n=data.n,
         inverse_mean=inverse_mean,
         eligible_mean=eligible_mean,
-        inverse_z=(inverse_mean - eligible_mean) / stderr if stderr > 1e-12 * inverse_mean else 0.0,
+        inverse_z=inverse_z,
         calibration_p=calibration_p,
         vector_gap=vector_gap,
         estimated=data.propensity_estimated,

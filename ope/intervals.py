@@ -111,6 +111,8 @@ class EmpiricalBernstein:
                 "empirical-Bernstein intervals hold for independent rows that count alike; this log has clusters or "
                 'sample weights. Ask for interval="normal" or "bootstrap"'
             )
+        if data.n < 2:
+            raise InputError("an empirical-Bernstein interval needs a variance; found one row, expected at least two")
         for name, values in (("reward", data.reward), ("q", q)):
             if values is not None:
                 self._check(name, values, *self.reward_range, "Widen reward_range to what could occur.")

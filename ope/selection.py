@@ -119,7 +119,7 @@ def top_k(
             f"found {len(order)} estimates, {len(values)} true values, k={k}; expected as many of both, and k among them"
         )
     top = values[order[:k]]
-    std = float(top.std(ddof=ddof)) if k > 1 else None
+    std = None if k == 1 else 0.0 if top.min() == top.max() else float(top.std(ddof=ddof))  # equal values leave no rounding
     return Portfolio(
         k=k, candidates=tuple(int(i) for i in order[:k]), best=float(top.max()), worst=float(top.min()), mean=float(top.mean()),
         std=std, violation=float(np.mean(top < (baseline if threshold is None else threshold))),

@@ -1,0 +1,1 @@
+"""Laws that hold exactly, or to rounding, on every log."""

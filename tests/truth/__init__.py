@@ -1,0 +1,1 @@
+"""Claims about simulated logs whose truth is known."""
