@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -59,31 +60,33 @@ def resident_mib() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-def measure(figure: str, work: Callable[[], object], base_mib: float, **more: float) -> None:
-    """Run `work` once and print its figure as one JSON line."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    record = {"figure": figure, "cpu_s": round(time.process_time() - cpu, 3), "wall_s": round(time.perf_counter() - wall, 3)}
+def measure(figure: str, work: Callable[[], object], repeats: int, base_mib: float, **more: float) -> None:
+    """Run `work` several times and print the figure's medians as one JSON line."""
+    cpu, wall = [], []
+    for _ in range(repeats):
+        wall_start, cpu_start = time.perf_counter(), time.process_time()
+        work()
+        cpu.append(time.process_time() - cpu_start)
+        wall.append(time.perf_counter() - wall_start)
+    record = {"figure": figure, "cpu_s": round(statistics.median(cpu), 3), "wall_s": round(statistics.median(wall), 3)}
     print(json.dumps(record | {"peak_rss_mib": round(peak_mib() - base_mib, 1)} | more), flush=True)
 
 
 def run(folder: Path, repeats: int) -> None:
-    """Load the arrays and time the evaluation, `repeats` times."""
+    """Load the arrays and time the evaluation."""
     from ope import Bootstrap, LoggedData, evaluate
 
-    evaluate(LoggedData(np.array([0, 1]), np.ones(2), np.full(2, 0.5)), np.full((2, 2), 0.5), np.ones((2, 2)), interval="bootstrap")
+    def six(a: Any) -> object:
+        log = LoggedData(a["action"], a["reward"], a["propensity"])
+        return evaluate(log, a["pi"], a["q"], estimators=SIX, interval=Bootstrap(resamples=1000))
+
+    two_rows = {"action": np.array([0, 1]), "reward": np.ones(2), "propensity": np.full(2, 0.5)}
+    six(two_rows | {"pi": np.full((2, 2), 0.5), "q": np.ones((2, 2))})  # what is imported lazily is imported now
     base = resident_mib()
     arrays = {name: np.load(folder / f"{name}.npy") for name in ARRAYS}
-    inputs = sum(array.nbytes for array in arrays.values()) / 2**20
-    for _ in range(repeats):
-        measure(
-            "six estimators",
-            lambda: evaluate(
-                LoggedData(arrays["action"], arrays["reward"], arrays["propensity"]), arrays["pi"], arrays["q"],
-                estimators=SIX, interval=Bootstrap(resamples=1000),
-            ),
-            base, inputs_mib=round(inputs, 1), rounds=len(arrays["action"]), actions=arrays["pi"].shape[1],
-        )  # fmt: skip
+    inputs = round(sum(array.nbytes for array in arrays.values()) / 2**20, 1)
+    rounds, actions = arrays["pi"].shape
+    measure("six estimators", lambda: six(arrays), repeats, base, inputs_mib=inputs, rounds=rounds, actions=actions)
 
 
 def main() -> None:
@@ -91,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=1_000_000)
     parser.add_argument("--actions", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="the figure is the median of this many runs")
     parser.add_argument("--arrays", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.arrays:
