@@ -76,12 +76,15 @@ def ope(
     eligible: Annotated[str | None, typer.Option(help="Column of the eligible actions, a list per row.")] = None,
     cluster: Annotated[str | None, typer.Option(help="Column of the unit (user, card) whose rows depend on each other.")] = None,
     weight: Annotated[str | None, typer.Option(help="Column of sample weights.")] = None,
-    actions: Annotated[int | None, typer.Option(help="Number of actions k, where the log does not show them all.")] = None,
+    actions: Annotated[int | None, typer.Option(min=1, help="Number of actions k, where the log does not show them all.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Comma-separated labels of text actions, in the order of the entries of vectors.")
+    ] = None,
     design: Annotated[DesignKind, typer.Option(help="One reward model for all actions, or one for each.")] = DesignKind.additive,
     weight_bound: Annotated[float | None, typer.Option(help="bernstein: the largest importance weight that could occur.")] = None,
     reward_range: Annotated[str | None, typer.Option(help="bernstein: smallest and largest possible reward, as `0,1`.")] = None,
     resamples: Annotated[int, typer.Option(help="bootstrap: number of resamples, at least 1000.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Seed of folds and resamples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of folds and resamples.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects, one per estimator.")] = False,
     force: Annotated[bool, typer.Option(help="Show the numbers of refused estimates.")] = False,
 ) -> None:
@@ -97,7 +100,17 @@ def ope(
         log_and_report = evaluate_file(
             log,
             policy,
-            ColumnMap(action, reward, propensity, propensities, eligible, weight, cluster, tuple(_split(context) or ())),
+            ColumnMap(
+                action=action,
+                reward=reward,
+                propensity=propensity,
+                propensities=propensities,
+                eligible=eligible,
+                sample_weight=weight,
+                cluster=cluster,
+                context=tuple(_split(context) or ()),
+                labels=tuple(_split(labels) or ()),
+            ),
             baseline=baseline,
             estimators=_split(estimators, keep_parentheses=True),
             interval=_interval(interval, weight_bound, reward_range, resamples, seed),

@@ -101,7 +101,7 @@ def accumulate(
             part = sum_by_code(chunk, block[rows], blocks)
             sums = part if not sums.size else sums + part
     whole = Moments.of(sums) if moments is None else moments
-    return _accumulated(candidates, widths, Stack((), whole, sums), kept)
+    return _accumulated(candidates, widths, Stack((), whole, sums, clusters > 0), kept)
 
 
 def as_target(target: Target) -> Target:
@@ -200,7 +200,9 @@ def _accumulated(candidates: Sequence[Candidate], widths: list[int], sums: Stack
     ]
     parts = parts_of([(label, estimator, width) for (label, estimator), width in zip(named, widths, strict=True)])
     return Accumulated(
-        Stack(tuple(part for part in parts if not isinstance(part.estimator, WeightMean)), sums.moments, sums.blocks),
-        Stack(tuple(part for part in parts if isinstance(part.estimator, WeightMean)), sums.moments, sums.blocks),
+        Stack(
+            tuple(part for part in parts if not isinstance(part.estimator, WeightMean)), sums.moments, sums.blocks, sums.clustered
+        ),
+        Stack(tuple(part for part in parts if isinstance(part.estimator, WeightMean)), sums.moments, sums.blocks, sums.clustered),
         tuple(kept),
     )

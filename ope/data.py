@@ -29,9 +29,12 @@ class DataError(InputError):
 
     def __init__(self, column: str, found: str, expected: str, remedy: str, *, row: int | None = None, source: str | None = None):
         self.column, self.found, self.expected, self.remedy, self.row, self.source = column, found, expected, remedy, row, source
-        place = ", ".join(
-            part for part in (source, f"column {column!r}" if column else "", f"row {row}" if row is not None else "") if part
+        where = (
+            source,
+            f"column {column!r}" if column else "",
+            "" if row is None else f"row {row} (counted from 0)" if source else f"row {row}",
         )
+        place = ", ".join(part for part in where if part)
         super().__init__(f"{place}: found {found}; expected {expected}. {remedy}")
 
     def located(self, source: str, columns: Mapping[str, str]) -> DataError:
@@ -87,18 +90,18 @@ class LoggedData:
             checked_width("propensities", action, columns["propensities"].shape[1])
         if self.context is not None:
             context = np.asarray(self.context)
-            columns["context"] = _floats("context", context[:, None] if context.ndim == 1 else context, (n, None))
+            remedy = "Fill or drop it before evaluating."
+            columns["context"] = checked_finite("context", context[:, None] if context.ndim == 1 else context, (n, None), remedy)
         if self.action_features is not None:
-            columns["action_features"] = _floats("action_features", self.action_features, (n, None, None))
+            remedy = "Fill or drop it before evaluating; padding may be any number."
+            columns["action_features"] = checked_finite("action_features", self.action_features, (n, None, None), remedy)
             checked_width("action_features", action, columns["action_features"].shape[1])
         if self.sample_weight is not None:
             weight = checked_finite("sample_weight", self.sample_weight, (n,), "Drop rows that stand for nothing.")
             _reject_rows("sample_weight", weight, weight > 0, "a positive weight", "Drop rows that stand for nothing.")
             columns["sample_weight"] = weight
         if self.cluster is not None:
-            columns["cluster"] = np.asarray(self.cluster)
-            if columns["cluster"].shape != (n,):
-                raise DataError("cluster", f"shape {columns['cluster'].shape}", f"shape ({n},)", "Pass one unit id per row.")
+            columns["cluster"] = _checked_cluster(self.cluster, n)
         columns["rewards"] = {
             name: checked_finite(f"rewards[{name!r}]", values, (n,), "Drop rows whose reward is not known yet.")
             for name, values in self.rewards.items()
@@ -135,7 +138,12 @@ def assign_folds(data: LoggedData, folds: int, seed: int) -> IntArray:
     unit = np.arange(data.n) if data.cluster is None else np.unique(data.cluster, return_inverse=True)[1]
     units = int(unit.max()) + 1
     if not 2 <= folds <= units:
-        raise InputError(f"found {folds} folds for {units} independent units; expected between 2 and {units}")
+        what = "rows" if data.cluster is None else "clusters"
+        raise InputError(
+            f"found {units} {what}; expected at least {folds}, one for each fold: log more decisions, or do without a model"
+        )
+    if seed < 0:
+        raise InputError(f"found seed={seed}; expected a number of at least 0")
     return np.random.default_rng(seed).permutation(np.arange(units) % folds)[unit]
 
 
@@ -204,9 +212,12 @@ def checked_width(column: str, action: IntArray, k: int) -> None:
 
 
 def checked_finite(column: str, values: ArrayLike, shape: tuple[int | None, ...], remedy: str) -> FloatArray:
-    """Finite numbers of this shape. Raises DataError at the first other."""
+    """Finite numbers of this shape, below 1e100 in size so that their squares add. Raises DataError at the first other."""
     array = _floats(column, values, shape)
-    _reject_rows(column, array, np.isfinite(array), "a finite number", remedy)
+    good = np.abs(array) < 1e100  # false for NaN too
+    if not good.all():
+        place = tuple(int(i) for i in np.argwhere(~good)[0])
+        raise DataError(column, f"{array[place]}", "a finite number", remedy, row=place[0])
     return array
 
 
@@ -222,6 +233,19 @@ def _checked_action(values: ArrayLike) -> IntArray:
         )
     _reject_rows("action", action, action >= 0, "an index of at least 0", "Map action labels to 0..k-1.")
     return action.astype(np.int64, copy=False)
+
+
+def _checked_cluster(values: ArrayLike, n: int) -> NDArray[Any]:
+    cluster = np.asarray(values)
+    if cluster.shape != (n,):
+        raise DataError("cluster", f"shape {cluster.shape}", f"shape ({n},)", "Pass one unit id per row.")
+    missing = np.array([label is None or label != label for label in cluster.tolist()]) if cluster.dtype.kind in "Of" else None
+    if missing is not None and missing.any():
+        row = int(np.argmax(missing))
+        raise DataError(
+            "cluster", "a missing value", "a unit id in every row", "Drop the row, or give it an id of its own.", row=row
+        )
+    return cluster.astype(str) if cluster.dtype.kind == "O" else cluster
 
 
 def _checked_eligible(values: ArrayLike, action: IntArray) -> BoolArray:

@@ -29,6 +29,11 @@ class Thresholds:
     refused_max_share: float = 0.02
     """... and so is one row with more of the weight than this. Otherwise it is caution: bounded weights read low too."""
     z: float = 4.0
+    clusters: int = 40
+    """Fewer know their own spread badly."""
+    refused_clusters: int = 5
+    given_up: float = 0.2
+    """Share of the weight that clipping, switching or shrinking may give up."""
     agreement: float = 1e-6
     """Largest difference between the logged vector and the logged propensity of the action."""
 
@@ -43,7 +48,9 @@ class Diagnostics:
     weight_mean: float
     """Expected: 1."""
     weight_z: float
-    """(mean - 1) in standard errors, clusters respected; 0 where the weights do not vary."""
+    """(mean - 1) in standard errors, clusters respected; 0 where the weights do not vary, NaN where nothing tells."""
+    constant: bool
+    """True where all weights are equal."""
     max_share: float
     """Share of all weight that the heaviest row carries."""
     reward_low: float
@@ -67,6 +74,8 @@ class LogChecks:
     vector_gap: float
     """A/A: largest |w - 1| when the logged vectors are evaluated as the target."""
     estimated: bool
+    clusters: int | None = None
+    """Number of clusters, where rows have any."""
 
 
 def hill_tail_index(weight: FloatArray, share: float = 0.05) -> float:
@@ -86,12 +95,13 @@ def hill_tail_index(weight: FloatArray, share: float = 0.05) -> float:
 def weight_diagnostics(weight: FloatArray, reward: FloatArray, mean: float, stderr: float) -> Diagnostics:
     """Diagnostics of weights (n,), already times sample weights, given their (weighted) mean and its standard error."""
     total, counts = float(weight.sum()), weight > 0
-    varies = stderr > 1e-12 * max(abs(mean), 1.0)
+    constant = float(weight.max() - weight.min()) <= 1e-12 * max(abs(mean), 1.0)
     return Diagnostics(
         n=len(weight),
         ess=float(weights.effective_sample_size(weight)),
         weight_mean=mean,
-        weight_z=(mean - 1) / stderr if varies else 0.0,
+        weight_z=0.0 if constant else (mean - 1) / stderr if stderr > 0 else math.nan,
+        constant=constant,
         max_share=float(weight.max()) / total if total > 0 else 1.0,
         reward_low=float(reward.min(where=counts, initial=np.inf)) if total > 0 else math.nan,
         reward_high=float(reward.max(where=counts, initial=-np.inf)) if total > 0 else math.nan,
@@ -123,6 +133,7 @@ def check_log(data: LoggedData, k: int | None) -> LogChecks:
         calibration_p=calibration_p,
         vector_gap=vector_gap,
         estimated=data.propensity_estimated,
+        clusters=None if data.cluster is None else len(np.unique(data.cluster)),
     )
 
 
@@ -141,9 +152,18 @@ def calibration(action: IntArray, propensities: FloatArray) -> float:
 
 
 def judge(
-    log: LogChecks, weight: Diagnostics, limits: Thresholds, *, policy: str = "target", model_only: bool = False
+    log: LogChecks,
+    weight: Diagnostics,
+    limits: Thresholds,
+    *,
+    policy: str = "target",
+    model_only: bool = False,
+    given_up: float = 0.0,
 ) -> tuple[Level, tuple[str, ...]]:
-    """One verdict for an estimate that stands on these weights, with every reason against it, the gravest first."""
+    """One verdict for an estimate that stands on these weights, with every reason against it, the gravest first.
+
+    `given_up`: share of the weight that the estimator does not use.
+    """
     refused, caution = _log_reasons(log, limits)
     if weight.n == 1:
         refused.append("One row has no standard error; log more decisions.")
@@ -158,7 +178,7 @@ def judge(
             f"Weights of the {policy} average {weight.weight_mean:.4g} where 1 is expected (z = {weight.weight_z:.1f}): "
             "logged propensities are not what was sampled, or the log cannot support this policy."
         )
-    elif weight.weight_z == 0 and abs(weight.weight_mean - 1) > limits.agreement and weight.n > 1:
+    elif weight.constant and abs(weight.weight_mean - 1) > limits.agreement and weight.n > 1:
         refused.append(f"All weights of the {policy} equal {weight.weight_mean:.4g} where 1 is expected.")
     if weight.tail_index < limits.tail_index:
         heavy = f"Weights have tail index {weight.tail_index:.2f}; below {limits.tail_index:g} their variance looks infinite"
@@ -172,6 +192,8 @@ def judge(
         caution.append(f"One row carries {weight.max_share:.1%} of all weight.")
     if model_only:
         caution.append("Model only: nothing in this number corrects a wrong reward model.")
+    if given_up > limits.given_up:
+        caution.append(f"It gives up {given_up:.0%} of all weight: what that stood for is lost, or left to the reward model.")
     level: Level = "refused" if refused else "caution" if caution else "trust"
     return level, (*refused, *caution)
 
@@ -188,13 +210,23 @@ def _log_reasons(log: LogChecks, limits: Thresholds) -> tuple[list[str], list[st
     if log.inverse_z > limits.z:
         refused.append(
             f"1/propensity averages {log.inverse_mean:.4g} where the number of eligible actions, {log.eligible_mean:.4g}, "
-            f"is expected (z = {log.inverse_z:.1f}): logged propensities are too small."
+            f"is expected{_z(log.inverse_z)}: logged propensities are too small."
         )
     if log.inverse_z < -limits.z:
         caution.append(
             f"1/propensity averages {log.inverse_mean:.4g} where the number of eligible actions, {log.eligible_mean:.4g}, "
-            f"is expected (z = {log.inverse_z:.1f}): some actions are (almost) never sampled, or propensities are too large."
+            f"is expected{_z(log.inverse_z)}: some actions are (almost) never sampled, or propensities are too large."
         )
+    if log.clusters is not None and log.clusters < limits.clusters:
+        many = f"{log.clusters} cluster{'s' if log.clusters != 1 else ''}"
+        if log.clusters < limits.refused_clusters:
+            refused.append(f"{many}: no interval holds with fewer than {limits.refused_clusters}.")
+        else:
+            caution.append(f"{many}: with fewer than {limits.clusters} intervals are rough.")
     if log.estimated:
         caution.append("Propensities were estimated, not logged.")
     return refused, caution
+
+
+def _z(z: float) -> str:
+    return f" (z = {z:.1f})" if math.isfinite(z) else ""

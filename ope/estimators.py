@@ -66,6 +66,15 @@ class Estimator(Protocol):
 
 
 @runtime_checkable
+class Transforming(Protocol):
+    """An estimator that gives some weights up: what they stood for is lost, or left to the model."""
+
+    def transformed(self, weight: FloatArray) -> FloatArray:
+        """Weights as they are used (n,), none above what they were."""
+        ...
+
+
+@runtime_checkable
 class Bounded(Protocol):
     """An estimator that is the plain mean of one column, whose rows can therefore be bounded."""
 
@@ -75,8 +84,14 @@ class Bounded(Protocol):
 
 
 def _label(self: Any) -> str:
-    settings = ", ".join(f"{getattr(self, field.name):g}" for field in fields(self))
+    settings = ", ".join(_digits(getattr(self, field.name)) for field in fields(self))
     return f"{self.name}({settings})" if settings else str(self.name)
+
+
+def _digits(setting: float) -> str:
+    """As short as it can be without becoming another number: two settings never print alike."""
+    short = f"{setting:g}"
+    return short if float(short) == setting else repr(setting)
 
 
 def mean_value(self: object, mean: FloatArray) -> FloatArray:
@@ -151,8 +166,11 @@ class ClippedIPS:
     def __post_init__(self) -> None:
         _check_settings(self)
 
+    def transformed(self, weight: FloatArray) -> FloatArray:
+        return weights.clip(weight, high=self.high)
+
     def terms(self, rows: Rows) -> FloatArray:
-        return terms.ips(weights.clip(rows.weight, high=self.high), rows.reward)
+        return terms.ips(self.transformed(rows.weight), rows.reward)
 
     def limits(self, weight_bound: float, reward_range: Limits) -> Limits:
         return _ips_limits(min(weight_bound, self.high), reward_range)
@@ -281,8 +299,11 @@ class SwitchDR:
     def __post_init__(self) -> None:
         _check_settings(self)
 
+    def transformed(self, weight: FloatArray) -> FloatArray:
+        return weights.truncate(weight, self.threshold)
+
     def terms(self, rows: Rows) -> FloatArray:
-        return terms.dr(weights.truncate(rows.weight, self.threshold), rows.reward, rows.q_logged, rows.v)
+        return terms.dr(self.transformed(rows.weight), rows.reward, rows.q_logged, rows.v)
 
     def limits(self, weight_bound: float, reward_range: Limits) -> Limits:
         return _dr_limits(min(weight_bound, self.threshold), reward_range)
@@ -301,12 +322,15 @@ class DRos:
     def __post_init__(self) -> None:
         _check_settings(self)
 
+    def transformed(self, weight: FloatArray) -> FloatArray:
+        return weights.shrink(weight, self.strength)
+
     def terms(self, rows: Rows) -> FloatArray:
-        return terms.dr(weights.shrink(rows.weight, self.strength), rows.reward, rows.q_logged, rows.v)
+        return terms.dr(self.transformed(rows.weight), rows.reward, rows.q_logged, rows.v)
 
     def limits(self, weight_bound: float, reward_range: Limits) -> Limits:
         peak = min(weight_bound, math.sqrt(self.strength))  # L·w/(w² + L) rises up to sqrt(L)
-        return _dr_limits(float(weights.shrink(np.asarray(peak), self.strength)), reward_range)
+        return _dr_limits(float(self.transformed(np.asarray(peak))), reward_range)
 
 
 ESTIMATORS: tuple[Estimator, ...] = (
@@ -320,6 +344,8 @@ def estimator(name: str | Estimator) -> Estimator:
 
     Raises InputError that lists the names and suggests the closest.
     """
+    if isinstance(name, type):
+        raise InputError(f"found the class {name.__name__}; expected an estimator, such as {name.__name__}()")
     if not isinstance(name, str):
         return name
     match = re.fullmatch(r"\s*([\w-]+?)\s*(?:\(\s*([^()]*?)\s*\))?\s*", name)

@@ -13,7 +13,7 @@ from ope.accumulate import Accumulated, Candidate, Target, accumulate, as_target
 from ope.data import DataError, FloatArray, InputError, LoggedData
 from ope.diagnostics import Diagnostics, LogChecks, Thresholds, check_log, judge, weight_diagnostics
 from ope.estimate import Estimate, Level
-from ope.estimators import Bounded, Estimator, estimator
+from ope.estimators import IPS, SNIPS, Bounded, Estimator, Transforming, estimator
 from ope.intervals import Bootstrap, EmpiricalBernstein, Interval, interval_named
 from ope.stack import Stack
 
@@ -89,9 +89,8 @@ def evaluate(
     target, q, baseline = as_target(target), None if q is None else np.asarray(q), None if baseline is None else as_target(baseline)
     kind = interval_named(interval)
     chosen = _chosen(estimators, q is not None and not _scalar(target, data), baseline is not None, kind)
-    candidate = Candidate("target", target, chosen, q)
-    checked_shapes(data, candidate, baseline)
-    _check_needs(chosen, candidate, data, baseline)
+    candidate = Candidate("target", target, chosen + _witnesses(chosen, kind), q)
+    check_candidate(data, candidate, baseline)
     if isinstance(kind, EmpiricalBernstein):
         kind.check_log(data, q, chosen)
     seed = kind.seed if isinstance(kind, Bootstrap) else None
@@ -100,8 +99,10 @@ def evaluate(
         kind.check_weights(sums.weights[0])
     weight = candidate_diagnostics(data, sums)[0]
     log = check_log(data, width_of(data, [candidate], baseline))
-    verdict = _Verdicts(log, weight, thresholds, None if baseline is None else _baseline_diagnostics(data, baseline))
-    return Report(_estimates(data, sums.stack, chosen, kind, level, verdict), weight, log)
+    against = None if baseline is None else _baseline_diagnostics(data, baseline)
+    verdicts = _Verdicts(log, weight, thresholds, against, sums.weights[0])
+    estimates = _estimates(data, sums.stack, candidate.estimators, kind, level, verdicts)
+    return Report(estimates[: len(chosen)], weight, log)
 
 
 def candidate_diagnostics(data: LoggedData, sums: Accumulated) -> list[Diagnostics]:
@@ -122,9 +123,13 @@ class _Verdicts(NamedTuple):
     weight: Diagnostics
     thresholds: Thresholds
     baseline: Diagnostics | None
+    weights: FloatArray
 
     def of(self, kind: Estimator) -> tuple[Level, tuple[str, ...]]:
-        level, reasons = judge(self.log, self.weight, self.thresholds, model_only=kind.name == "DM")
+        given_up = 0.0
+        if isinstance(kind, Transforming) and self.weight.ess > 0:
+            given_up = 1 - float(kind.transformed(self.weights).sum() / self.weights.sum())
+        level, reasons = judge(self.log, self.weight, self.thresholds, model_only=kind.name == "DM", given_up=given_up)
         if kind.needs.baseline and self.baseline is not None:
             other, more = judge(self.log, self.baseline, self.thresholds, policy="baseline")
             level = max(level, other, key=("trust", "caution", "refused").index)
@@ -141,6 +146,8 @@ def _estimates(
     estimates = []
     for i, one in enumerate(chosen):
         verdict, reasons = verdicts.of(one)
+        if not np.isfinite((values[i], low[i], high[i])).all():
+            verdict, reasons = "refused", (*reasons, "It has no finite interval: too few rows overlap with the policy.")
         if apart[i]:
             verdict = "caution" if verdict == "trust" else verdict
             reasons = (*reasons, f"Its interval and that of {', '.join(apart[i])} do not meet: at least one of them is wrong.")
@@ -163,6 +170,12 @@ def _apart(chosen: Sequence[Estimator], low: FloatArray, high: FloatArray) -> li
         ]
         for i, one in enumerate(chosen)
     ]
+
+
+def _witnesses(chosen: Sequence[Estimator], kind: Interval) -> tuple[Estimator, ...]:
+    """IPS and SNIPS where nobody asked for them: an estimate is never believed for want of a second opinion."""
+    bounded = isinstance(kind, EmpiricalBernstein)
+    return tuple(one for one in (IPS(), SNIPS()) if one not in chosen and (isinstance(one, Bounded) or not bounded))
 
 
 def _notes(one: Estimator, data: LoggedData, stack: Stack, kind: Interval, log: LogChecks) -> tuple[str, ...]:
@@ -193,10 +206,15 @@ def _chosen(names: Sequence[str | Estimator] | None, has_q: bool, has_baseline: 
     return chosen
 
 
-def _check_needs(chosen: Sequence[Estimator], candidate: Candidate, data: LoggedData, baseline: Target | None) -> None:
-    for one in chosen:
+def check_candidate(data: LoggedData, candidate: Candidate, baseline: Target | None) -> None:
+    """Raise, before any work, where shapes do not fit or an estimator lacks what it needs."""
+    checked_shapes(data, candidate, baseline)
+    for one in candidate.estimators:
         if one.needs.baseline and baseline is None:
-            raise InputError(f"{one} compares two policies; expected a baseline: (n, k) probabilities, or 'logging'")
+            raise InputError(
+                f"{one} compares two policies; expected a baseline: (n, k) probabilities, or 'logging' "
+                "(on the command line: --baseline)"
+            )
         if one.needs.q and _scalar(candidate.target, data):
             raise DataError(
                 "target", "one probability per row", f"all k of them, which {one} needs beside the logged action's",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import ClassVar, Protocol, TypeAlias
 
 import numpy as np
+from scipy.special import ndtri, stdtrit
 
 from ope.data import DataError, FloatArray, InputError, LoggedData
 from ope.estimators import Bounded, Estimator, Limits
@@ -29,18 +29,23 @@ class Interval(Protocol):
 
 def normal_quantile(level: float) -> float:
     """z such that a standard normal lies within ±z with probability `level`."""
-    return NormalDist().inv_cdf((1 + level) / 2)
+    return float(ndtri((1 + level) / 2))
+
+
+def t_quantile(level: float, units: int) -> float:
+    """The same for Student's t of units - 1 degrees of freedom: few clusters know their own spread badly."""
+    return float(stdtrit(units - 1, (1 + level) / 2)) if units > 1 else math.nan
 
 
 @dataclass(frozen=True)
 class Normal:
-    """value ± z·stderr, by the central limit theorem and the delta method."""
+    """value ± z·stderr, by the central limit theorem and the delta method; with clusters, Student's t of their number less one."""
 
     name: ClassVar[str] = "normal"
 
     def ends(self, stack: Stack, level: float) -> Ends:
         """Lower and upper ends (m,), (m,)."""
-        half = normal_quantile(level) * stack.stderrs()
+        half = (t_quantile(level, stack.moments.n) if stack.clustered else normal_quantile(level)) * stack.stderrs()
         return stack.values() - half, stack.values() + half
 
 
@@ -59,6 +64,8 @@ class Bootstrap:
     def __post_init__(self) -> None:
         if self.resamples < 1000:
             raise InputError(f"found resamples={self.resamples}, expected at least 1000: fewer leave the ends to chance")
+        if self.seed < 0:
+            raise InputError(f"found seed={self.seed}; expected a number of at least 0")
 
     def ends(self, stack: Stack, level: float) -> Ends:
         """Lower and upper ends (m,), (m,); needs a stack that kept its blocks."""

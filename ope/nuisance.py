@@ -5,8 +5,8 @@ Models are scikit-learn estimators, cloned for every fold and never mutated. Cro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from sklearn.base import clone, is_classifier
@@ -15,9 +15,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import has_fit_parameter
 
-from ope.data import FloatArray, InputError, LoggedData, assign_folds
+from ope.data import FloatArray, InputError, IntArray, LoggedData, assign_folds, checked_width
 
-Design = Literal["additive", "per_action"]
+Design: TypeAlias = Literal["additive", "per_action"]
+
+Split: TypeAlias = tuple[IntArray, IntArray]
+"""Rows to fit on, rows to predict."""
 
 
 def default_reward_model() -> Any:
@@ -33,20 +36,26 @@ def cross_fit_reward(
     design: Design = "additive",
     folds: int = 3,
     seed: int = 0,
+    splits: Sequence[Split] | None = None,
     progress: Callable[[], object] | None = None,
 ) -> FloatArray:
     """Predicted reward of every action in every row (n, k), each row by models that saw neither it nor its cluster.
 
+    `splits`: other (train, test) rows than `folds` random ones; the test rows together must be every row once.
+
     "additive" fits one model on context and action (one-hot, or `action_features` where the log has them), "per_action"
     one on the context for each action, or the mean reward where an action was never taken. `model`: any scikit-learn
-    regressor, or classifier of the reward's values; by default `default_reward_model`. `progress` is called per fold.
+    regressor, or classifier of the reward's values; by default `default_reward_model`. `progress` is called per split.
     """
+    predict = _predict_per_action if design == "per_action" else _predict_additive if model is not None else _predict_linear
+    if design == "additive" and data.action_features is not None:
+        predict = _predict_additive
     model = default_reward_model() if model is None else model
-    predict = _predict_additive if design == "additive" else _predict_per_action
+    checked_width("q", data.action, k)
     if design not in ("additive", "per_action"):
         raise InputError(f"found design {design!r}; expected 'additive' or 'per_action'")
     q = np.empty((data.n, k))
-    for train, test in _splits(data, folds, seed):
+    for train, test in cross_splits(data, folds, seed) if splits is None else splits:
         q[test] = predict(data, k, model, train, test)
         if progress is not None:
             progress()
@@ -61,16 +70,25 @@ def cross_fit_propensity(data: LoggedData, k: int, model: Any = None, *, folds: 
     """
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)) if model is None else model
     propensities = np.zeros((data.n, k))
-    for train, test in _splits(data, folds, seed):
+    for train, test in cross_splits(data, folds, seed):
         fitted = _fit(model, _context(data, train), data.action[train], _weights(data, train))
         propensities[np.ix_(test, fitted.classes_)] = fitted.predict_proba(_context(data, test))
     return propensities
 
 
-def _splits(data: LoggedData, folds: int, seed: int) -> Iterator[tuple[Any, Any]]:
+def cross_splits(data: LoggedData, folds: int, seed: int) -> list[Split]:
+    """(train, test) row indices of each fold; clusters stay whole."""
     fold = assign_folds(data, folds, seed)
-    for held_out in range(folds):
-        yield np.flatnonzero(fold != held_out), np.flatnonzero(fold == held_out)
+    return [(np.flatnonzero(fold != held_out), np.flatnonzero(fold == held_out)) for held_out in range(folds)]
+
+
+def _predict_linear(data: LoggedData, k: int, model: Any, train: Any, test: Any) -> FloatArray:
+    """`_predict_additive` of a linear model: what an action adds is the same in every context, so k + 1 rows tell it."""
+    fitted = _fit_reward(model, _features(data, k, train, data.action[train]), data.reward[train], _weights(data, train))
+    context = _context(data, test)
+    nothing = fitted(np.concatenate((context, np.zeros((len(test), k))), axis=1))
+    actions = fitted(np.concatenate((np.zeros((k + 1, context.shape[1])), np.eye(k + 1, k)), axis=1))
+    return nothing[:, None] + (actions[:-1] - actions[-1])[None]
 
 
 def _predict_additive(data: LoggedData, k: int, model: Any, train: Any, test: Any) -> FloatArray:
@@ -107,11 +125,12 @@ def _fit(model: Any, features: FloatArray, target: Any, weight: FloatArray | Non
     fitted = clone(model)
     if weight is None:
         return fitted.fit(features, target)
-    if hasattr(fitted, "steps"):
-        return fitted.fit(features, target, **{f"{fitted.steps[-1][0]}__sample_weight": weight})
-    if not has_fit_parameter(fitted, "sample_weight"):
-        raise InputError(f"{type(fitted).__name__} takes no sample weights, but this log has them; choose another model")
-    return fitted.fit(features, target, sample_weight=weight)
+    steps = dict(fitted.steps) if hasattr(fitted, "steps") else {"": fitted}
+    weighted = [name for name, step in steps.items() if has_fit_parameter(step, "sample_weight")]
+    last = list(steps)[-1]
+    if last not in weighted:
+        raise InputError(f"{type(steps[last]).__name__} takes no sample weights, but this log has them; choose another model")
+    return fitted.fit(features, target, **{f"{name}__sample_weight" if name else "sample_weight": weight for name in weighted})
 
 
 def _context(data: LoggedData, rows: Any) -> FloatArray:

@@ -15,11 +15,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ope.accumulate import Accumulated, Candidate, Target, accumulate, as_target, checked_shapes
+from ope.accumulate import Accumulated, Candidate, Target, accumulate, as_target
 from ope.data import FloatArray, InputError, IntArray, LoggedData, assign_folds
 from ope.diagnostics import Thresholds, check_log, judge
 from ope.estimators import IPS, Estimator, estimator
-from ope.evaluation import candidate_diagnostics
+from ope.evaluation import candidate_diagnostics, check_candidate
 from ope.primitives.divergences import total_variation
 
 Tie = Literal["first", "last"]
@@ -69,7 +69,9 @@ class Selection:
     duplicates: Mapping[str, tuple[str, float]]
     """What was left out: label -> (the better ranked twin, total variation between them)."""
     blocked: Mapping[str, tuple[str, ...]]
-    """What may not be shortlisted, since its estimate is refused: label -> reasons."""
+    """What fold A cannot choose by, going by its weights alone: label -> reasons."""
+    doubtful: Mapping[str, tuple[str, ...]]
+    """What was chosen but is refused on fold B: its share in the shortlists' numbers should not be believed. Label -> reasons."""
     selected_on: FloatArray
     """Values on fold A in the order of `ranking`: optimistic, since they chose it."""
     values: FloatArray
@@ -92,6 +94,8 @@ def ranking(estimated: ArrayLike, *, tie: Tie = "first") -> IntArray:
     values = np.asarray(estimated, dtype=np.float64)
     if values.ndim != 1 or not np.isfinite(values).all():
         raise InputError(f"found estimates {values}; expected a flat array of finite numbers")
+    if tie not in ("first", "last"):
+        raise InputError(f"found tie={tie!r}; expected 'first', 'last', or for sharpe_ratio_at_k 'average'")
     index = np.arange(len(values))
     return np.lexsort((index if tie == "first" else -index, -values))
 
@@ -114,6 +118,10 @@ def top_k(
     """
     values = np.asarray(true, dtype=np.float64)
     order = ranking(estimated, tie=tie)
+    if not np.isfinite(values).all() or not math.isfinite(baseline):
+        raise InputError(f"found true values {values}, baseline {baseline}; expected finite numbers")
+    if not 0 <= ddof < max(k, 2):
+        raise InputError(f"found ddof={ddof} for k={k}; expected 0 or 1")
     if len(values) != len(order) or not 1 <= k <= len(order):
         raise InputError(
             f"found {len(order)} estimates, {len(values)} true values, k={k}; expected as many of both, and k among them"
@@ -199,16 +207,24 @@ def select(
 
     `by` is the estimator that ranks and values. Values on B are jointly normal with the covariance of the stacked
     columns; harm is a value below `threshold`, by default below the baseline in the same draw. Folds keep clusters whole.
-    A candidate whose estimate on fold B is refused is blocked.
+    A candidate that fold A has too little weight for is blocked; one whose estimate fold B refuses stays, and is named.
     """
-    kind, fold = estimator(by), assign_folds(data, 2, seed)
+    kind = estimator(by)
+    if kind.needs.baseline:
+        raise InputError(
+            f"found by={kind}; expected an estimator of a value: every candidate is compared with the baseline as it is"
+        )
+    if len(targets) < 2:
+        raise InputError(f"found {len(targets)} candidate(s); expected at least two to choose from")
     targets, baseline = {label: np.asarray(target) for label, target in targets.items()}, as_target(baseline)
     for label, target in targets.items():
-        checked_shapes(data, Candidate(label, target, (kind,), q), baseline)
-    parts = [np.flatnonzero(fold == side) for side in (0, 1)]
+        if target.ndim != 2:
+            raise InputError(f"candidate {label!r}: found shape {target.shape}; expected whole vectors (n, k)")
+        check_candidate(data, Candidate(label, target, (kind,), q), baseline)
+    parts = halves(data, seed)
     folds = [_fold(data, targets, q, kind, baseline, rows) for rows in parts]
     labels = list(targets)
-    blocked = _blocked(data.take(parts[1]), labels, folds[1])
+    blocked = _blocked(data.take(parts[0]), labels, folds[0])
     values_a, values_b = (sums.stack.values() for sums in folds)
     order = [labels[i] for i in ranking(values_a[:-1]) if labels[i] not in blocked]
     twins = near_duplicates(targets, order, tolerance=tolerance)
@@ -219,6 +235,7 @@ def select(
     shortlists = tuple(_shortlist(kept, possible, k, threshold) for k in sizes if 2 <= k <= len(kept))
     return Selection(
         estimator=str(kind), ranking=tuple(kept), duplicates=twins, blocked=blocked,
+        doubtful=_doubtful(data.take(parts[1]), labels, folds[1], kept),
         selected_on=values_a[chosen[:-1]], values=values[:-1],
         covariance=covariance, baseline=float(values[-1]), shortlists=shortlists, knee=_knee(shortlists),
     )  # fmt: skip
@@ -236,12 +253,27 @@ def _fold(
     return accumulate(data.take(rows), candidates)
 
 
+def halves(data: LoggedData, seed: int = 0) -> tuple[IntArray, IntArray]:
+    """Rows of folds A and B of `select`: learn on A what B shall judge. Clusters stay whole."""
+    fold = assign_folds(data, 2, seed)
+    return np.flatnonzero(fold == 0), np.flatnonzero(fold == 1)
+
+
 def _blocked(data: LoggedData, labels: Sequence[str], sums: Accumulated) -> dict[str, tuple[str, ...]]:
-    checks = check_log(data, None)
-    found = {}
+    """Candidates with too few effective rows to be chosen by, whatever their rewards."""
+    limit = Thresholds().ess
+    return {
+        label: (f"{weight.ess:,.0f} effective rows of {weight.n:,} on fold A; at least {limit:,.0f} are needed to choose by.",)
+        for label, weight in zip(labels, candidate_diagnostics(data, sums), strict=False)
+        if weight.ess < limit
+    }
+
+
+def _doubtful(data: LoggedData, labels: Sequence[str], sums: Accumulated, kept: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    checks, found = check_log(data, None), {}
     for label, weight in zip(labels, candidate_diagnostics(data, sums), strict=False):
         verdict, reasons = judge(checks, weight, Thresholds(), policy="candidate")
-        if verdict == "refused":
+        if label in kept and verdict == "refused":
             found[label] = reasons
     return found
 

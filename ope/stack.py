@@ -30,6 +30,8 @@ class Stack:
     """Of rows, or of cluster sums: (d + 1)."""
     blocks: FloatArray
     """Sums over the bootstrap's blocks (blocks, d + 1); empty unless asked for."""
+    clustered: bool = False
+    """True where the moments are of cluster sums."""
 
     def values(self, mean: FloatArray | None = None) -> FloatArray:
         """Values (..., m) at counted means (..., d + 1), by default those of the log."""
@@ -60,7 +62,7 @@ class Stack:
         """The whole from two parts of a log that no cluster spans. Raises ValueError if the parts estimate other things."""
         if self.parts != other.parts:
             raise ValueError(f"stacks differ: {_labels(self.parts)} and {_labels(other.parts)}; expected the same estimates")
-        return Stack(self.parts, self.moments + other.moments, np.concatenate((self.blocks, other.blocks)))
+        return Stack(self.parts, self.moments + other.moments, np.concatenate((self.blocks, other.blocks)), self.clustered)
 
 
 def _no_overlap() -> np.errstate:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ope import DataError, Report, evaluate
-from ope.accumulate import Target
+from ope.accumulate import Candidate, Target, checked_shapes
 from ope.data import FloatArray
 from ope.estimators import Estimator, estimator
 from ope.intervals import Interval
 from ope.nuisance import Design, cross_fit_reward
 from pipelines.frame import ColumnMap, Log
-from pipelines.importers import read_log, read_policy
+from pipelines.importers import column_names, read_log, read_policy
 
 FOLDS = 3
 """Folds of the cross-fitted reward model."""
@@ -47,10 +47,12 @@ def evaluate_file(
     chosen = None if estimators is None else [estimator(name) for name in estimators]
     also = [spec for spec in (policy, baseline) if spec is not None and _may_be_column(spec)]
     log = read_log(path, columns, also=also, k=k)
-    target = read_policy(policy, log, k)
-    against = None if baseline is None else read_policy(baseline, log, k)
-    q = _reward_model(log, target, chosen, design, seed, progress) if columns.context else None
+    there = column_names(path)
+    target = read_policy(policy, log, k, there)
+    against = None if baseline is None else read_policy(baseline, log, k, there)
     try:
+        checked_shapes(log.data, Candidate("target", target, ()), against)
+        q = _reward_model(log, target, chosen, design, seed, progress) if columns.context else None
         report = evaluate(log.data, target, q, baseline=against, estimators=chosen, level=level, interval=interval)
     except DataError as error:
         raise _located(error, log, columns, policy, baseline) from None
@@ -80,5 +82,6 @@ def _located(error: DataError, log: Log, columns: ColumnMap, policy: str, baseli
     """Say which file and column an array came from."""
     specs = {"target": policy, "baseline": baseline or ""}
     spec = specs.get(error.column, "")
-    source = spec if spec and Path(spec).is_file() else log.source
-    return error.located(source, {**columns.named(), **specs})
+    if spec and Path(spec).is_file():
+        return error.located(spec, {error.column: "p_0, p_1, ..."})
+    return error.located(log.source, {**columns.named(), **specs})

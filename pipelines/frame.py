@@ -13,6 +13,9 @@ import polars as pl
 
 from ope.data import BoolArray, DataError, FloatArray, IntArray, LoggedData
 
+MAX_ACTIONS = 1_000_000
+"""An index beyond this is an identifier."""
+
 MAX_LEVELS = 1000
 """A text column with more levels than this is an identifier, not a feature."""
 
@@ -31,6 +34,8 @@ class ColumnMap:
     sample_weight: str | None = None
     cluster: str | None = None
     context: tuple[str, ...] = field(default=())
+    labels: tuple[str, ...] = ()
+    """Text actions in the order of vectors' entries."""
 
     def named(self) -> dict[str, str]:
         """Field -> column, for the single columns that were named."""
@@ -47,6 +52,8 @@ class Log:
     source: str
     labels: tuple[str, ...] | None
     """Action labels in index order, where the file named its actions by text."""
+    ordered: bool
+    """True where indices or given labels fix what the j-th entry of a vector means."""
 
 
 def to_log(frame: pl.DataFrame, columns: ColumnMap, source: str, *, k: int | None = None, estimated: bool = False) -> Log:
@@ -59,21 +66,26 @@ def to_log(frame: pl.DataFrame, columns: ColumnMap, source: str, *, k: int | Non
     if frame.height == 0:
         raise DataError("", "an empty log", "at least one row", "Check the filter or the date that wrote it.", source=source)
     try:
-        action, labels = _actions(frame[columns.action])
+        action, labels = _actions(frame[columns.action], columns.labels)
+        ordered = labels is None or bool(columns.labels)
+        if k is not None and k <= int(action.max()):
+            row = int(np.argmax(action >= k))
+            raise DataError("action", f"action {int(action[row])}", f"an index below --actions {k}", "Raise --actions.", row=row)
         arrays: dict[str, Any] = {"action": action}
         for name in ("reward", "propensity", "sample_weight"):
             if name in named:
                 arrays[name] = numbers(name, frame[named[name]])
         if "propensities" in named:
-            arrays["propensities"] = vectors("propensities", frame[named["propensities"]])
+            arrays["propensities"] = action_vectors("propensities", frame[named["propensities"]], labels, ordered)
         if "eligible" in named:
             arrays["eligible"] = _eligible(frame[named["eligible"]], labels, max(k or 0, int(action.max()) + 1))
         if "cluster" in named:
             _reject_missing("cluster", frame[named["cluster"]])
+            _reject_nested("cluster", frame[named["cluster"]])
             arrays["cluster"] = frame[named["cluster"]].to_numpy()
         if columns.context:
             arrays["context"] = design_matrix(frame, columns.context)
-        return Log(LoggedData(**arrays, propensity_estimated=estimated), frame, source, labels)
+        return Log(LoggedData(**arrays, propensity_estimated=estimated), frame, source, labels, ordered)
     except DataError as error:
         raise error.located(source, named) from None
 
@@ -84,6 +96,8 @@ def require_columns(there: Sequence[str], wanted: Sequence[str], source: str) ->
         if name not in there:
             closest = difflib.get_close_matches(name, there, 1, 0.5)
             hint = f"Did you mean {closest[0]!r}?" if closest else "Name the column that holds it."
+            if len(there) == 1 and any(separator in there[0] for separator in ";\t|"):
+                hint = "The file seems to be separated by something else than commas: convert it."
             raise DataError(name, "no such column", f"one of {shown(there)}", hint, source=source)
 
 
@@ -96,6 +110,9 @@ def shown(names: Sequence[str], most: int = 12) -> str:
 def numbers(name: str, column: pl.Series) -> FloatArray:
     """A column of numbers (n,). Raises DataError at the first missing value or the first that is not a number."""
     _reject_missing(name, column)
+    _reject_nested(name, column)
+    if not (column.dtype.is_numeric() or column.dtype in (pl.Boolean, pl.String)):
+        raise DataError(name, f"{column.dtype} values", "numbers", "Convert the column, or map another one.")
     values = column.cast(pl.Float64, strict=False)
     if values.null_count():
         row = int(values.is_null().arg_max() or 0)
@@ -113,7 +130,27 @@ def vectors(name: str, column: pl.Series) -> FloatArray:
         raise DataError(
             name, f"{lengths[row]} entries", f"{lengths[0]} in every row, as in row 0", "Write one entry per action.", row=row
         )
-    return lists.explode(empty_as_null=True).cast(pl.Float64).to_numpy().reshape(len(column), -1)
+    flat = lists.explode(empty_as_null=True)
+    entries = flat.cast(pl.Float64, strict=False)
+    if entries.null_count() or int(lengths[0]) == 0:
+        row = int(entries.is_null().arg_max() or 0) // max(int(lengths[0]), 1)
+        raise DataError(name, f"{column[row]!s}", "a list of numbers, one per action", "Fill every entry.", row=row)
+    return entries.to_numpy().reshape(len(column), -1)
+
+
+def action_vectors(name: str, column: pl.Series, labels: tuple[str, ...] | None, ordered: bool) -> FloatArray:
+    """`vectors` over the actions of a log (n, k). Raises DataError where nothing says which entry is which action's."""
+    matrix = vectors(name, column)
+    if not ordered:
+        raise DataError(
+            name, f"vectors of {matrix.shape[1]} beside actions that are texts", "the order of the actions",
+            f"Give it: --labels {','.join(labels or ())}, if that is the order of the entries.",
+        )  # fmt: skip
+    if labels is not None and matrix.shape[1] != len(labels):
+        raise DataError(
+            name, f"vectors of {matrix.shape[1]}", f"{len(labels)} entries, one per label", "Name every action in --labels."
+        )
+    return matrix
 
 
 def is_vector(column: pl.Series) -> bool:
@@ -127,8 +164,13 @@ def design_matrix(frame: pl.DataFrame, names: Sequence[str]) -> FloatArray:
     for name in names:
         column = frame[name]
         if column.dtype.is_numeric():
-            blocks.append(numbers(name, column)[:, None])
+            values = numbers(name, column)
+            if not np.isfinite(values).all():
+                row = int(np.argmin(np.isfinite(values)))
+                raise DataError(name, f"{values[row]}", "a finite number", "Fill or drop it before evaluating.", row=row)
+            blocks.append(values[:, None])
             continue
+        _reject_nested(name, column)
         levels = column.cast(pl.String).fill_null("(missing)")
         known = levels.unique().sort()
         if len(known) > MAX_LEVELS:
@@ -136,20 +178,22 @@ def design_matrix(frame: pl.DataFrame, names: Sequence[str]) -> FloatArray:
                 name, f"{len(known):,} different texts", f"at most {MAX_LEVELS:,}", "Leave identifiers out of the context."
             )
         blocks.append((levels.to_numpy()[:, None] == known.to_numpy()[None, :]).astype(np.float64))
-    matrix = np.concatenate(blocks, axis=1)
-    if not np.isfinite(matrix).all():
-        row = int(np.argmin(np.isfinite(matrix).all(axis=1)))
-        raise DataError("context", "a value that is not finite", "finite numbers", "Fill or drop it before evaluating.", row=row)
-    return matrix
+    return np.concatenate(blocks, axis=1)
 
 
-def _actions(column: pl.Series) -> tuple[IntArray, tuple[str, ...] | None]:
+def _actions(column: pl.Series, given: tuple[str, ...]) -> tuple[IntArray, tuple[str, ...] | None]:
+    """Indices (n,), and the labels behind them where actions are texts: those given, else those seen, sorted."""
     _reject_missing("action", column)
-    if column.dtype.is_integer():
-        return column.cast(pl.Int64).to_numpy(), None
-    if column.dtype.is_float():
+    _reject_nested("action", column)
+    if column.dtype.is_integer() and not given:
+        action = column.cast(pl.Int64).to_numpy()
+        if int(action.max(initial=0)) >= MAX_ACTIONS:
+            row = int(np.argmax(action >= MAX_ACTIONS))
+            raise DataError("action", f"{action[row]}", f"an index below {MAX_ACTIONS:,}", "Number the actions 0..k-1.", row=row)
+        return action, None
+    if column.dtype.is_float() and not given:
         values = column.to_numpy()
-        whole = np.isfinite(values) & (values == np.floor(values))
+        whole = (np.abs(values) < MAX_ACTIONS) & (values == np.floor(values))
         if not whole.all():
             row = int(np.argmin(whole))
             raise DataError(
@@ -157,14 +201,23 @@ def _actions(column: pl.Series) -> tuple[IntArray, tuple[str, ...] | None]:
             )
         return values.astype(np.int64), None
     labels = column.cast(pl.String)
-    known = labels.unique().sort()
-    return np.searchsorted(known.to_numpy(), labels.to_numpy()), tuple(known.to_list())
+    known = given or tuple(labels.unique().sort().to_list())
+    index = labels.replace_strict(list(known), list(range(len(known))), default=None, return_dtype=pl.Int64)
+    if index.null_count():
+        row = int(index.is_null().arg_max() or 0)
+        raise DataError(
+            "action", f"{labels[row]!r}", f"one of the labels {shown(known)}", "Name every action in --labels.", row=row
+        )
+    return index.to_numpy(), known
 
 
 def _eligible(column: pl.Series, labels: tuple[str, ...] | None, k: int) -> BoolArray:
     _reject_missing("eligible", column)
     lists = _lists("eligible", column, pl.Int64 if labels is None else pl.String)
     owner, member = np.repeat(np.arange(len(column)), lists.list.len().to_numpy()), lists.explode(empty_as_null=False)
+    if member.null_count():
+        row = int(owner[int(member.is_null().arg_max() or 0)])
+        raise DataError("eligible", "a missing action", "a list of actions", "Leave out what is not eligible.", row=row)
     if labels is not None:
         code = {label: index for index, label in enumerate(labels)}
         unseen = sorted(set(member.to_list()) - set(code))
@@ -175,10 +228,15 @@ def _eligible(column: pl.Series, labels: tuple[str, ...] | None, k: int) -> Bool
             )  # fmt: skip
         index = np.array([code[label] for label in member.to_list()], dtype=np.int64)
     else:
-        index = member.cast(pl.Int64).to_numpy()
-    if len(index) and int(index.min()) < 0:
-        row = int(owner[int(np.argmin(index))])
-        raise DataError("eligible", f"action {int(index.min())}", "indices of at least 0", "Number the actions 0..k-1.", row=row)
+        numbered = member.cast(pl.Int64, strict=False)
+        bad = numbered.is_null() | (numbered < 0) | (numbered >= MAX_ACTIONS)
+        if bad.any():
+            place = int(bad.arg_max() or 0)
+            found, row = member[place], int(owner[place])
+            raise DataError(
+                "eligible", f"action {found!r}", f"indices from 0 to {MAX_ACTIONS - 1:,}", "Number the actions 0..k-1.", row=row
+            )
+        index = numbered.to_numpy()
     eligible = np.zeros((len(column), max(k, int(index.max(initial=0)) + 1)), dtype=np.bool_)
     eligible[owner, index] = True
     return eligible
@@ -199,8 +257,19 @@ def _lists(name: str, column: pl.Series, inner: Any) -> pl.Series:
             raise DataError(name, f"{text!r}", "a JSON list such as [0.5, 0.5]", "Write lists, or use Parquet.", row=row) from None
     try:
         return pl.Series(name, parsed, dtype=pl.List(inner), strict=True)
-    except (TypeError, pl.exceptions.PolarsError) as error:
-        raise DataError(name, f"list entries of the wrong type ({error})", f"lists of {inner}", "Write plain lists.") from None
+    except (TypeError, pl.exceptions.PolarsError):
+        row = next((r for r, items in enumerate(parsed) if not all(_is_entry(item, inner) for item in items)), 0)
+        expected = f"a list of {'texts' if inner == pl.String else 'numbers'}"
+        raise DataError(name, f"{column[row]}", expected, "Write plain lists.", row=row) from None
+
+
+def _is_entry(item: Any, inner: Any) -> bool:
+    return isinstance(item, str) if inner == pl.String else isinstance(item, int | float) and not isinstance(item, bool)
+
+
+def _reject_nested(name: str, column: pl.Series) -> None:
+    if column.dtype.is_nested():
+        raise DataError(name, f"{column.dtype} values", "one number or text per row", "Unnest the column, or map another one.")
 
 
 def _starts_a_list(column: pl.Series) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from ope import Report
+from ope import InputError, Report
 from pipelines import charts, tables
 
 if TYPE_CHECKING:
@@ -32,19 +32,32 @@ TEMPLATES.filters |= {"number": tables.number}
 
 def write_demo_report(out: Path, found: Demo, conclusion: str) -> Path:
     """Write report.html, demo.json and estimates.csv into `out`, each whole or not at all; the page's path."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "estimates.csv", _csv(found.reports))
-    write_whole(out / "demo.json", json.dumps(_json(found, conclusion), indent=2, allow_nan=False) + "\n")
-    path = out / "report.html"
-    write_whole(path, _html(found, conclusion))
-    return path
+    texts = {
+        "estimates.csv": _csv(found.reports),
+        "demo.json": json.dumps(_json(found, conclusion), indent=2, allow_nan=False) + "\n",
+        "report.html": _html(found, conclusion),
+    }
+    for name, text in texts.items():  # all are rendered before the first is written
+        write_whole(out / name, text)
+    return out / "report.html"
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it, so that a reader never sees half of it."""
+    """Write a text file under a temporary name and rename it, so that a reader never sees half of it.
+
+    Raises InputError, naming the file, where it cannot be written; nothing of it is then left.
+    """
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        if temporary.is_file():
+            temporary.unlink()
+        raise InputError(
+            f"{path}: {error.strerror}; expected a folder that can be written, with room for {len(text):,} bytes"
+        ) from None
 
 
 def _csv(reports: Mapping[str, Report]) -> str:
@@ -71,6 +84,7 @@ def _json(found: Demo, conclusion: str) -> dict[str, Any]:
             "estimator": selection.estimator,
             "ranking": list(selection.ranking),
             "blocked": {label: list(why) for label, why in selection.blocked.items()},
+            "doubtful": {label: list(why) for label, why in selection.doubtful.items()},
             "values": selection.values.tolist(),
             "baseline": selection.baseline,
             "shortlists": [asdict(shortlist) for shortlist in selection.shortlists],
@@ -92,6 +106,7 @@ def _html(found: Demo, conclusion: str) -> str:
         inside=sum(e.low <= found.on_policy.value <= e.high for e in forecasts),
         weight=weight,
         reasons=tables.reasons(found.reports),
+        notes=tables.notes(found.reports),
         reverse_reasons=tables.reasons({"uniform": found.reverse}),
         forest=charts.forest(found.reports, found.reverse_truth.value),
         check=charts.check(forecasts, found.on_policy),

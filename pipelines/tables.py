@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -36,16 +36,27 @@ def print_reports(console: Console, title: str, reports: Mapping[str, Report], *
     console.print(table)
     for line in reasons(reports):
         console.print(f"- {escape(line)}", highlight=False)
+    for line in notes(reports):
+        console.print(f"  {escape(line)}", highlight=False, style="dim")
 
 
 def reasons(reports: Mapping[str, Report]) -> list[str]:
     """Every reason against an estimate, once, with the policies and estimators it concerns."""
+    return _once(reports, lambda estimate: estimate.reasons)
+
+
+def notes(reports: Mapping[str, Report]) -> list[str]:
+    """Every note on how an estimate was made, once, with the policies and estimators it concerns."""
+    return _once(reports, lambda estimate: estimate.notes)
+
+
+def _once(reports: Mapping[str, Report], lines: Callable[[Estimate], Sequence[str]]) -> list[str]:
     found: dict[str, dict[str, list[str]]] = {}
     for policy, report in reports.items():
         for estimate in report.estimates:
-            for reason in estimate.reasons:
-                found.setdefault(reason, {}).setdefault(policy, []).append(estimate.estimator)
-    return [f"{_whom(reports, by_policy)}{reason}" for reason, by_policy in found.items()]
+            for line in lines(estimate):
+                found.setdefault(line, {}).setdefault(policy, []).append(estimate.estimator)
+    return [f"{_whom(reports, by_policy)}{line}" for line, by_policy in found.items()]
 
 
 def number(value: float) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +47,36 @@ CASES = [
         ELIGIBLE,
         ["'policy'", "row 1", "ineligible action 2"],
     ),
-    ("context NaN", {"x": {14: math.nan}}, "policy", ("--context", "x"), ["'context'", "row 14", "finite"]),
+    ("context NaN", {"x": {14: math.nan}}, "policy", ("--context", "x"), ["'x'", "row 14 (counted from 0)", "finite"]),
+    ("context of lists", {}, "policy", ("--context", "eligible"), ["'eligible'", "List", "one number or text per row"]),
+    ("action of lists", {}, "uniform", ("--action", "policy"), ["'policy'", "one number or text per row"]),
+    ("cluster of lists", {}, "uniform", ("--cluster", "policy"), ["'policy'", "one number or text per row"]),
+    ("reward of lists", {}, "uniform", ("--reward", "policy"), ["'policy'", "one number or text per row"]),
+    ("policy of texts", {"policy": [["a", "b"]] * 500}, "policy", (), ["'policy'", "row 0", "a list of numbers"]),
+    ("null in a vector", {"policy": {8: [0.5, None, 0.5]}}, "policy", (), ["'policy'", "row 8", "Fill every entry"]),
+    ("null in a set", {"eligible": {8: [0, None, 1]}}, "uniform", ELIGIBLE, ["'eligible'", "row 8", "a missing action"]),
+    ("action an identifier", {"action": {3: 10**12}}, "uniform", (), ["'action'", "row 3", "1000000000000", "below 1,000,000"]),
+    ("too few actions", {}, "uniform", ("--actions", "2"), ["'action'", "below --actions 2", "Raise --actions"]),
+    ("reward of 1e200", {"reward": {3: 1e200}}, "uniform", (), ["'reward'", "row 3", "1e+200"]),
+    ("labels without order", {"action": ["a", "b", "c"] * 166 + ["a", "b"]}, "policy", (), ["'policy'", "--labels a,b,c"]),
+    (
+        "label unknown",
+        {"action": ["z"] * 500},
+        "uniform",
+        ("--labels", "a,b"),
+        ["'action'", "row 0", "'z'", "one of the labels a, b"],
+    ),
+    (
+        "labels too few",
+        {"action": ["a"] * 500},
+        "policy",
+        ("--labels", "a,b"),
+        ["'policy'", "vectors of 3", "2 entries, one per label"],
+    ),
     ("context unknown", {}, "policy", ("--context", "xx"), ["'xx'", "no such column", "Did you mean 'x'?"]),
     ("column unknown", {}, "uniform", ("--reward", "rewards"), ["'rewards'", "no such column", "Did you mean 'reward'?"]),
-    ("policy unknown", {}, "polcy", (), ["'polcy'", "no such column", "Did you mean 'policy'?"]),
+    ("policy unknown", {}, "polcy", (), ["policy 'polcy'", "neither a file nor a column", "Did you mean 'policy'?"]),
+    ("uniform misspelt", {}, "Uniform", (), ["policy 'Uniform'", "Did you mean 'uniform'?"]),
     ("empty", {"action": [], "reward": [], "propensity": []}, "uniform", (), ["an empty log", "at least one row"]),
 ]
 
@@ -101,7 +129,9 @@ def test_files_that_are_no_logs(run: Run, tmp_path: Path, name: str, said: str) 
     ("options", "said"),
     [
         (("--estimators", "DR"), "DR needs a reward model"),
-        (("--estimators", "Delta"), "expected a baseline"),
+        (("--estimators", "Delta"), "--baseline"),
+        (("--seed", "-1"), "greater than or equal to 0"),
+        (("--actions", "-1"), "greater than or equal to 1"),
         (("--estimators", "SNIP"), "did you mean 'SNIPS'?"),
         (("--estimators", "cIPS(-1)"), "at least 0"),
         (("--estimators", "IPS(3)"), "no setting"),
@@ -144,3 +174,41 @@ def test_policy_files(write_log: Any, run: Run, tmp_path: Path, frame: dict[str,
     assert result.exit_code == 2
     assert str(path) in result.stderr
     assert said in result.stderr
+
+
+def test_two_rows_are_too_few_for_a_reward_model(write_log: Any, run: Run, columns: dict[str, Any]) -> None:
+    two = {name: values[:2] for name, values in columns.items()}
+    result = run(write_log(**two), "--context", "x", policy="policy")
+    assert result.exit_code == 2
+    assert "found 2 rows; expected at least 3" in result.stderr
+
+
+def test_a_file_separated_by_semicolons_gets_a_hint(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("action;reward;propensity\n0;1;0.5\n")
+    result = run(path)
+    assert result.exit_code == 2
+    assert "separated by something else than commas" in result.stderr
+
+
+def test_no_spoiled_column_ends_in_a_traceback(write_log: Any, run: Run) -> None:
+    """Whatever a column holds, the answer is a table or a message."""
+    odd: list[Any] = [
+        None, "", "x", -1, 0, 1, 2**62, 1e308, -1e308, math.nan, math.inf, True, [], [1.0], [None], ["a"], {"a": 1}, "[", "[1,2,3]",
+    ]  # fmt: skip
+    options = ("--eligible", "eligible", "--cluster", "user", "--context", "x", "--baseline", "scalar")
+    for column in ("action", "reward", "propensity", "x", "policy", "scalar", "eligible", "user"):
+        for value in odd:
+            result = run(write_log(**{column: [value] * 500}), *options, policy="policy")
+            assert result.exit_code in (0, 2, 3), (column, value, result.exception)
+
+
+def test_a_report_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> None:
+    """The largest file that this process may write is smaller than the page: a full disk, as the program sees it."""
+    out = tmp_path / "out"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))"
+    code = f"{limit}; import sys; sys.argv = ['propel', 'demo', '--out', {str(out)!r}]; import propel; propel.main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert f"{out / 'report.html'}: File too large" in result.stderr
+    assert not [path for path in out.iterdir() if path.name.endswith(".part") or path.name == "report.html"]

@@ -63,13 +63,20 @@ def test_clusters_change_the_interval_and_not_the_value(write_log: Any, run: Run
     assert clustered["value"] == pytest.approx(plain["value"], rel=1e-12)
     assert clustered["stderr"] != plain["stderr"]
     assert "100 clusters." in clustered["notes"]
+    assert "100 clusters." in run(write_log(), "--cluster", "user", policy="policy").stdout
 
 
-def test_text_actions_are_numbered_in_sorted_order(write_log: Any, run: Run, columns: dict[str, Any]) -> None:
-    labels = ["abc"[action] for action in columns["action"]]
-    by_label = json.loads(run(write_log(action=labels), "--json", policy="policy").stdout)
-    by_index = json.loads(run(write_log(), "--json", policy="policy").stdout)
-    assert by_label == by_index
+def test_text_actions_follow_the_order_of_the_labels(write_log: Any, run: Run, columns: dict[str, Any], tmp_path: Path) -> None:
+    names = ["small", "medium", "large"]  # sorted, large would come first
+    log = write_log(action=[names[action] for action in columns["action"]])
+    file = tmp_path / "policy.parquet"
+    pl.DataFrame(
+        {"row": range(500), **{f"p_{name}": [row[j] for row in columns["policy"]] for j, name in enumerate(names)}}
+    ).write_parquet(file)
+    by_index = json.loads(run(write_log("index.parquet"), "--json", policy="policy").stdout)
+    assert json.loads(run(log, "--json", "--labels", "small,medium,large", policy="policy").stdout) == by_index
+    assert json.loads(run(log, "--json", policy=str(file)).stdout) == by_index
+    assert run(log, "--json").exit_code == 0  # uniform needs no order
 
 
 def test_all_refused_exits_with_3_and_withholds_numbers(write_log: Any, run: Run) -> None:

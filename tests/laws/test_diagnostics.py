@@ -17,7 +17,8 @@ from .logs import Case, random_case
 
 ALL = [str(one) for one in ESTIMATORS]
 GOOD_WEIGHTS = Diagnostics(
-    n=10_000, ess=5000.0, weight_mean=1.01, weight_z=0.5, max_share=0.001, reward_low=0.0, reward_high=1.0, tail_index=5.0
+    n=10_000, ess=5000.0, weight_mean=1.01, weight_z=0.5, constant=False, max_share=0.001,
+    reward_low=0.0, reward_high=1.0, tail_index=5.0,
 )  # fmt: skip
 GOOD_LOG = LogChecks(
     n=10_000, inverse_mean=3.01, eligible_mean=3.0, inverse_z=0.3, calibration_p=0.4, vector_gap=0.0, estimated=False
@@ -77,7 +78,12 @@ def test_good_log_is_trusted_without_a_reason():
         ({"weight_z": -4.0}, {"weight_z": -4.01}, "refused", "where 1 is expected"),
         ({"n": 2}, {"n": 1}, "refused", "no standard error"),
         ({"reward_low": 0.999}, {"reward_low": 1.0}, "refused", "is 1: nothing varies"),
-        ({"weight_z": 0.0, "weight_mean": 1 + 1e-7}, {"weight_z": 0.0, "weight_mean": 1.1}, "refused", "equal 1.1"),
+        (
+            {"weight_z": 0.0, "constant": True, "weight_mean": 1 + 1e-7},
+            {"weight_z": 0.0, "constant": True, "weight_mean": 1.1},
+            "refused",
+            "equal 1.1",
+        ),
     ],
 )
 def test_weights_cross_one_threshold_at_a_time(inside, outside, level, reason):
@@ -157,6 +163,45 @@ def test_mild_weights_on_a_right_log_are_trusted_by_all_but_the_model():
     assert report["DM"].verdict == "caution"
     assert "Model only" in report["DM"].reasons[0]
     assert not report.refused
+
+
+@pytest.mark.parametrize("name", ["Switch-DR(0)", "Switch-DR(10)", "DRos(0.1)", "cIPS(5)"])
+def test_an_estimator_that_gives_up_most_of_the_weight_is_caution_whatever_else_was_asked_for(name):
+    rng = np.random.default_rng(0)
+    action = rng.integers(0, 20, 12_000)
+    log = LoggedData(action=action, reward=np.where(action == 0, 0.6, 0.1) > rng.random(12_000), propensity=np.full(12_000, 0.05))
+    greedy = np.tile(np.eye(20)[0], (12_000, 1))  # weights are 0 or 20
+    report = evaluate(log, greedy, np.full((12_000, 20), 0.3), estimators=[name])
+    assert list(report) == [name]
+    assert report[name].verdict == "caution"
+    assert any("gives up" in reason for reason in report[name].reasons)
+    assert any("do not meet" in reason for reason in report[name].reasons)  # IPS and SNIPS bear witness unasked
+
+
+@pytest.mark.parametrize(
+    ("clusters", "verdict_found"), [(2, "refused"), (4, "refused"), (5, "caution"), (39, "caution"), (40, "trust")]
+)
+def test_few_clusters_are_not_trusted(clusters, verdict_found):
+    rng = np.random.default_rng(1)
+    data = LoggedData(rng.integers(0, 2, 4000), rng.random(4000), np.full(4000, 0.5), cluster=np.arange(4000) % clusters)
+    assert evaluate(data, np.tile([0.4, 0.6], (4000, 1)), estimators=["SNIPS"])["SNIPS"].verdict == verdict_found
+
+
+def test_one_cluster_says_so_and_not_that_weights_are_equal():
+    rng = np.random.default_rng(1)
+    data = LoggedData(rng.integers(0, 2, 4000), rng.random(4000), np.full(4000, 0.5), cluster=np.zeros(4000))
+    reasons = " ".join(evaluate(data, np.tile([0.4, 0.6], (4000, 1)))["IPS"].reasons)
+    assert "1 cluster: no interval holds" in reasons
+    assert "All weights" not in reasons
+
+
+def test_an_interval_that_is_not_finite_is_refused():
+    rng = np.random.default_rng(2)
+    data = LoggedData(rng.integers(0, 10, 30), rng.random(30), np.full(30, 0.1))
+    report = evaluate(data, np.tile(np.eye(10)[data.action[0]], (30, 1)), estimators=["SNIPS"], interval="bootstrap")
+    assert not np.isfinite(report["SNIPS"].low)  # a resample without that action has no SNIPS value
+    assert report["SNIPS"].verdict == "refused"
+    assert "no finite interval" in report["SNIPS"].reasons[-1]
 
 
 def test_estimated_propensities_are_at_most_caution():

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from scipy.stats import multivariate_normal, norm, spearmanr
 from sklearn.metrics import mean_squared_error
 
-from ope import LoggedData
+from ope import InputError, LoggedData
 from ope.data import assign_folds
-from ope.selection import Shortlist, near_duplicates, ranking, regret_at_k, select, sharpe_ratio_at_k, top_k
+from ope.selection import Shortlist, halves, near_duplicates, ranking, regret_at_k, select, sharpe_ratio_at_k, top_k
+from ope.simulate import softmax
 
 from .logs import random_case
 
@@ -378,3 +379,57 @@ def test_twin_leaves_the_ranking_and_is_reported():
     assert found.duplicates == {"twin": ("p0", 0.0)}, "equal estimates rank by index, so the later twin goes"
     assert "twin" not in found.ranking
     assert len(found.ranking) == 6
+
+
+# What `select` refuses, blocks and doubts
+
+
+def test_choosing_looks_at_fold_a_alone():
+    rng = np.random.default_rng(5)
+    data, targets, q = _rare_reward_log(rng)
+    before = select(data, targets, q=q)
+    fold_b = halves(data)[1]
+    changed = data.reward.copy()
+    changed[fold_b] = rng.permutation(changed[fold_b])  # other rewards on fold B
+    after = select(replace(data, reward=changed), targets, q=q)
+    assert (after.ranking, after.blocked, after.duplicates) == (before.ranking, before.blocked, before.duplicates)
+    np.testing.assert_array_equal(after.selected_on, before.selected_on)
+    assert not np.array_equal(after.values, before.values)
+
+
+def test_a_candidate_with_few_effective_rows_is_blocked_and_one_refused_on_b_is_named():
+    data, targets, q = _rare_reward_log(np.random.default_rng(5))
+    lonely = np.zeros((data.n, 40))
+    lonely[:, 0] = 1.0  # one action of forty: about 50 rows of fold A
+    assert "lonely" in select(data, targets | {"lonely": lonely}, q=q).blocked
+    silent = replace(data, reward=np.where(np.isin(np.arange(data.n), halves(data)[1]), 0.0, data.reward))
+    assert set(select(silent, targets, q=q).doubtful) == set(targets)  # no reward at all on fold B
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"by": "DR"}, "needs a reward model"), ({"by": "Delta"}, "an estimator of a value"), ({"q": 1, "one": True}, "at least two")],
+)
+def test_select_says_what_it_lacks(options, said):
+    data, targets, q = _rare_reward_log(np.random.default_rng(5))
+    if options.pop("one", False):
+        targets = dict(list(targets.items())[:1])
+    with pytest.raises(InputError, match=said):
+        select(data, targets, **(options | ({"q": q} if "q" in options else {})))
+
+
+def _rare_reward_log(rng):
+    action = rng.integers(0, 40, 4000)
+    data = LoggedData(action, (rng.random(4000) < 0.1).astype(float), np.full(4000, 1 / 40))
+    targets = {f"tilt {t}": softmax(np.tile(t * np.linspace(0, 1, 40), (4000, 1))) for t in (0.5, 1.0, 2.0)}
+    return data, targets, np.full((4000, 40), 0.1)
+
+
+def test_misspelt_ties_and_missing_truths_are_errors():
+    for call in (
+        lambda: sharpe_ratio_at_k([1, 2], [1.0, 2.0], 0.0, 2, tie="lst"),
+        lambda: sharpe_ratio_at_k([1, 2], [1.0, np.nan], 0.0, 2),
+        lambda: sharpe_ratio_at_k([1, 2], [1.0, 2.0], 0.0, 2, ddof=2),
+    ):
+        with pytest.raises(InputError):
+            call()

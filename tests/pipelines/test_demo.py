@@ -75,7 +75,7 @@ def test_shortlists_grow_in_gain_and_leave_blocked_candidates_out(found: Demo) -
     shortlists = found.selection.shortlists
     assert [s.k for s in shortlists] == [2, 3, 4, 5]
     assert np.all(np.diff([s.gain for s in shortlists]) >= 0)
-    assert set(found.selection.blocked) == {"greedy"}  # no click among its few rows of fold B
+    assert set(found.selection.blocked) == {"greedy"}  # one item of eighty: some 60 effective rows
     assert all("greedy" not in s.candidates for s in shortlists)
 
 
@@ -120,6 +120,6 @@ def test_terminal_shows_every_estimator_and_fits_80_columns(found: Demo) -> None
     console = Console(width=80, file=io.StringIO())
     print_demo(found, console)
     shown = console.file.getvalue()
-    assert shown.count("Switch-DR(10)") == 7  # six candidates, and the check
+    assert len(re.findall(r"^ *Switch-DR\(10\) +-?[\d.]+", shown, re.MULTILINE)) == 7  # six candidates, and the check
     assert "…" not in shown
     assert max(len(line) for line in shown.splitlines()) <= 80

@@ -11,7 +11,7 @@ import pytest
 from ope import Bootstrap, ClusterSums, EmpiricalBernstein, LoggedData, Moments, evaluate
 from ope.accumulate import Candidate, accumulate
 from ope.estimators import IPS, SNIPS
-from ope.intervals import normal_quantile
+from ope.intervals import normal_quantile, t_quantile
 from ope.moments import counted, per_row_gradient
 from ope.primitives import terms
 
@@ -147,7 +147,7 @@ def ends_of(moments: Moments) -> list[tuple[float, float]]:
     for one, part in zip(SUMMED, (slice(0, 1), slice(1, 3)), strict=True):
         rows, gradient = mean[part] / mean[-1], np.zeros(3)
         gradient[part] = one.gradient(rows)
-        half = normal_quantile(0.95) * moments.stderr(per_row_gradient(gradient, mean))
+        half = t_quantile(0.95, moments.n) * moments.stderr(per_row_gradient(gradient, mean))
         ends.append((float(one.value(rows)) - half, float(one.value(rows)) + half))
     return ends
 
@@ -155,7 +155,7 @@ def ends_of(moments: Moments) -> list[tuple[float, float]]:
 def without_count(total: np.ndarray) -> list[tuple[float, float]]:
     """The same for IPS, with the number of rows of a user taken for a constant."""
     moments, rows = Moments.of(total[:, :1]), total[:, -1].mean()
-    value, half = moments.mean[0] / rows, normal_quantile(0.95) * moments.stderr(np.ones(1)) / rows
+    value, half = moments.mean[0] / rows, t_quantile(0.95, moments.n) * moments.stderr(np.ones(1)) / rows
     return [(value - half, value + half)]
 
 

@@ -31,9 +31,9 @@ def estimates_of(setting: str, n: int, rng: np.random.Generator) -> dict[str, fl
     q = WORLD.q(context)
     logging, target = (policy(q) for policy in SETTINGS[setting])
     data = WORLD.log(context, logging, rng)
-    found = {name: one.value for name, one in evaluate(data, target, estimators=[*MODEL_FREE, f"cIPS({n**0.5})"]).items()}
+    found = {name: one.value for name, one in evaluate(data, target, estimators=[*MODEL_FREE, f"cIPS({n**0.5!r})"]).items()}
     taken = target[np.arange(n), data.action]
-    found["root"] = found.pop(f"cIPS({n**0.5:g})")
+    found["root"] = found.pop(f"cIPS({n**0.5!r})")
     found["LS"] = float(terms.log_smoothing(taken / data.propensity, data.reward, n**-0.5).mean())
     found["IX"] = float(terms.implicit_exploration(taken, data.propensity, data.reward, 0.5 * n**-0.5).mean())
     for design in DESIGNS[n]:
