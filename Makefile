@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+LIBGOMP := sh -c 'test "$$(id -u)" = 0 && { apt-get install -y libgomp1 || { apt-get update && apt-get install -y libgomp1; }; }'
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test static tests bench-ope clean
@@ -32,6 +33,8 @@ clean:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing what the demo needs into .venv; this takes a minute or two."
 	$(PIP) '.[jobs]'
+	@$(BIN)/python -c 'import ctypes; ctypes.CDLL("libgomp.so.1")' 2>/dev/null || $(LIBGOMP) >/dev/null 2>&1 || \
+		{ echo "LightGBM needs the system library libgomp.so.1. Run: sudo apt-get install libgomp1, then make again."; exit 1; }
 	@touch $@
 
 .venv/.dev: .venv/.demo

@@ -24,7 +24,24 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
+policy_app = typer.Typer(name="policy", help="Learn policies from a log, and compare them.", no_args_is_help=True)
+app.add_typer(policy_app)
+
 BAD_INPUT, ALL_REFUSED = 2, 3
+
+LogFile = Annotated[Path, typer.Option(help="Log of decisions: a .parquet or .csv file, one row per decision.")]
+ActionColumn = Annotated[str, typer.Option(help="Column of the action taken: an index 0..k-1, or a label.")]
+RewardColumn = Annotated[str, typer.Option(help="Column of the reward.")]
+PropensityColumn = Annotated[str, typer.Option(help="Column of the logged action's propensity.")]
+PropensitiesColumn = Annotated[str | None, typer.Option(help="Column of the logging policy's whole vector, a list per row.")]
+EligibleColumn = Annotated[str | None, typer.Option(help="Column of the eligible actions, a list per row.")]
+ClusterColumn = Annotated[str | None, typer.Option(help="Column of the unit (user, card) whose rows depend on each other.")]
+WeightColumn = Annotated[str | None, typer.Option(help="Column of sample weights.")]
+ActionCount = Annotated[int | None, typer.Option(min=1, help="Number of actions k, where the log does not show them all.")]
+Labels = Annotated[str | None, typer.Option(help="Comma-separated labels of text actions, in the order of the entries of vectors.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of folds and resamples.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print a list of objects, one per estimate.")]
+Force = Annotated[bool, typer.Option(help="Show the numbers of refused estimates.")]
 
 
 class IntervalKind(StrEnum):
@@ -52,7 +69,7 @@ def front_door(show_version: Annotated[bool, typer.Option("--version", help="Pri
 
 @app.command()
 def ope(
-    log: Annotated[Path, typer.Option(help="Log of decisions: a .parquet or .csv file, one row per decision.")],
+    log: LogFile,
     policy: Annotated[
         str,
         typer.Option(
@@ -69,24 +86,22 @@ def ope(
     ] = None,
     interval: Annotated[IntervalKind, typer.Option(help="Kind of confidence interval.")] = IntervalKind.normal,
     level: Annotated[float, typer.Option(help="Coverage of the interval.")] = 0.95,
-    action: Annotated[str, typer.Option(help="Column of the action taken: an index 0..k-1, or a label.")] = "action",
-    reward: Annotated[str, typer.Option(help="Column of the reward.")] = "reward",
-    propensity: Annotated[str, typer.Option(help="Column of the logged action's propensity.")] = "propensity",
-    propensities: Annotated[str | None, typer.Option(help="Column of the logging policy's whole vector, a list per row.")] = None,
-    eligible: Annotated[str | None, typer.Option(help="Column of the eligible actions, a list per row.")] = None,
-    cluster: Annotated[str | None, typer.Option(help="Column of the unit (user, card) whose rows depend on each other.")] = None,
-    weight: Annotated[str | None, typer.Option(help="Column of sample weights.")] = None,
-    actions: Annotated[int | None, typer.Option(min=1, help="Number of actions k, where the log does not show them all.")] = None,
-    labels: Annotated[
-        str | None, typer.Option(help="Comma-separated labels of text actions, in the order of the entries of vectors.")
-    ] = None,
+    action: ActionColumn = "action",
+    reward: RewardColumn = "reward",
+    propensity: PropensityColumn = "propensity",
+    propensities: PropensitiesColumn = None,
+    eligible: EligibleColumn = None,
+    cluster: ClusterColumn = None,
+    weight: WeightColumn = None,
+    actions: ActionCount = None,
+    labels: Labels = None,
     design: Annotated[DesignKind, typer.Option(help="One reward model for all actions, or one for each.")] = DesignKind.additive,
     weight_bound: Annotated[float | None, typer.Option(help="bernstein: the largest importance weight that could occur.")] = None,
     reward_range: Annotated[str | None, typer.Option(help="bernstein: smallest and largest possible reward, as `0,1`.")] = None,
     resamples: Annotated[int, typer.Option(help="bootstrap: number of resamples, at least 1000.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of folds and resamples.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects, one per estimator.")] = False,
-    force: Annotated[bool, typer.Option(help="Show the numbers of refused estimates.")] = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    force: Force = False,
 ) -> None:
     """Value a policy on a log that another policy wrote, and say whether to believe the number.
 
@@ -132,6 +147,65 @@ def ope(
         title = f"{policy} on {log} ({data.n:,} rows, mean logged reward {data.reward.mean():.4g})"
         print_report(Console(), title, report, force=force)
     if report.refused:
+        raise typer.Exit(ALL_REFUSED)
+
+
+@policy_app.command()
+def compare(
+    log: LogFile,
+    context: Annotated[str, typer.Option(help="Comma-separated columns that policies may look at.")],
+    learners: Annotated[
+        str | None, typer.Option(help="Comma-separated, such as `IPS,DR,oracle-greedy (trees)`. Default: all.")
+    ] = None,
+    action: ActionColumn = "action",
+    reward: RewardColumn = "reward",
+    propensity: PropensityColumn = "propensity",
+    propensities: PropensitiesColumn = None,
+    eligible: EligibleColumn = None,
+    cluster: ClusterColumn = None,
+    weight: WeightColumn = None,
+    actions: ActionCount = None,
+    labels: Labels = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    force: Force = False,
+) -> None:
+    """Let every learner learn on one half of a log, and value what it learned on the other half.
+
+    Exit codes: 0 good, 2 bad input, 3 when every learned policy's estimates are refused.
+    """
+    with _bad_input():
+        from pipelines.compare import compare as compare_learners
+        from pipelines.compare import learners_named
+        from pipelines.frame import ColumnMap
+        from pipelines.importers import read_log
+
+        chosen = learners_named(_split(learners))
+        columns = ColumnMap(
+            action=action,
+            reward=reward,
+            propensity=propensity,
+            propensities=propensities,
+            eligible=eligible,
+            sample_weight=weight,
+            cluster=cluster,
+            context=tuple(_split(context) or ()),
+            labels=tuple(_split(labels) or ()),
+        )
+        read = read_log(log, columns, k=actions)
+        with _progress("Learning", len(chosen)) as advance:
+            reports = compare_learners(read.data, chosen, k=read.width(actions), seed=seed, progress=advance)
+    if as_json:
+        records = [{"policy": name} | record for name, report in reports.items() for record in report.to_records(force=force)]
+        typer.echo(json.dumps(records, indent=2, allow_nan=False))
+    else:
+        from rich.console import Console
+
+        from pipelines.tables import print_reports
+
+        title = f"Learned on one half of {log}, valued on the other; Delta: against the logging policy"
+        print_reports(Console(), title, reports, force=force)
+    if all(report.refused for name, report in reports.items() if name in chosen):
         raise typer.Exit(ALL_REFUSED)
 
 

@@ -55,6 +55,13 @@ class Log:
     ordered: bool
     """True where indices or given labels fix what the j-th entry of a vector means."""
 
+    def width(self, k: int | None = None) -> int:
+        """Number of actions: of vectors, sets or labels where there are any, else `k` or the highest index plus one."""
+        for array in (self.data.propensities, self.data.eligible):
+            if array is not None:
+                return int(array.shape[1])
+        return max(k or 0, len(self.labels or ()), int(self.data.action.max()) + 1)
+
 
 def to_log(frame: pl.DataFrame, columns: ColumnMap, source: str, *, k: int | None = None, estimated: bool = False) -> Log:
     """Validate a frame's columns into a log. Integer actions are indices; text actions are numbered in sorted order.

@@ -101,10 +101,7 @@ def _uniform(log: Log, k: int | None) -> FloatArray:
     data = log.data
     if data.eligible is not None:
         return np.asarray(data.eligible / data.eligible.sum(axis=1, keepdims=True))
-    if data.propensities is not None:
-        k = data.propensities.shape[1]
-    seen = int(data.action.max()) + 1
-    width = max(seen, k or 0)
+    width = log.width(k)
     if data.n * width > MAX_CELLS:
         raise DataError(
             "action", f"{data.n:,} rows of {width:,} actions", f"at most {MAX_CELLS:,} probabilities in memory",

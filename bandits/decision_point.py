@@ -1,0 +1,154 @@
+"""A decision point: what is decided, on which features, for which rewards, and how much it must explore. Read from TOML.
+
+The service, the join and the learners read the same file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from bandits.events import Id, printable
+from bandits.features import FeatureSchema
+from ope.data import InputError
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class Actions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A fixed catalogue, or sets that come with each request."""
+
+    catalogue: tuple[Id, ...] = ()
+    """Every action there is, in an order that never changes; new ones go to the end."""
+    per_request: bool = False
+    most: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1000
+    """Largest set that a request may bring."""
+
+    def __post_init__(self) -> None:
+        if bool(self.catalogue) == self.per_request:
+            raise ValueError("expected either a catalogue or per_request = true")
+        if len(set(self.catalogue)) != len(self.catalogue):
+            raise ValueError("catalogue: found an action twice; expected distinct ids")
+        for action in self.catalogue:
+            printable("catalogue", action)
+
+
+class RewardRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One reward: what counts as its value, and until when."""
+
+    name: Id
+    low: float
+    high: float
+    """Values outside [low, high] are refused, never clipped."""
+    window_seconds: Positive
+    """Events up to this long after the decision count; until then the reward is unknown, not 0."""
+    aggregation: Literal["first", "last", "sum", "max", "min"] = "last"
+    default: float | None = 0.0
+    """Value at maturity where no event came; null leaves the row out."""
+    conflict: Literal["exclude", "first", "last"] = "exclude"
+    """What becomes of an event id that came with two values."""
+    clock_tolerance_seconds: NotNegative = 5.0
+    """How much before its decision an event may seem to be observed."""
+    version: Annotated[int, msgspec.Meta(ge=1)] = 1
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"low, high: found {self.low}, {self.high}; expected finite numbers, the first smaller")
+        if self.default is not None and not self.low <= self.default <= self.high:
+            raise ValueError(f"default: found {self.default}; expected a value within [{self.low}, {self.high}]")
+
+    def check(self, value: float) -> float:
+        """The value. Raises InputError where it lies outside the declared range or is no number."""
+        if not self.low <= value <= self.high:
+            raise InputError(f"reward {self.name!r}: found {value}; expected a number within [{self.low:g}, {self.high:g}]")
+        return value
+
+
+class DecisionPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that is fixed about a decision before it is made."""
+
+    name: Id
+    actions: Actions
+    rewards: tuple[RewardRule, ...]
+    """The first is the one that policies maximise unless told otherwise."""
+    features: FeatureSchema = FeatureSchema()
+    exploration_floor: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.02
+    """φ: every eligible action keeps a probability of at least φ / (number of eligible actions)."""
+    default_action: Id | None = None
+    """What a client does when the service cannot answer; of the catalogue where there is one."""
+    attribution: Literal["decision", "root"] = "decision"
+    """Rewards belong to the decision they name, or to the first of the chain of retries that it ends."""
+    shown: Literal["intention_to_treat", "exclude"] = "intention_to_treat"
+    """Rows whose action was not shown: kept as sampled, or left out (only while not-shown is independent of the action)."""
+    version: Annotated[int, msgspec.Meta(ge=1)] = 1
+
+    def __post_init__(self) -> None:
+        printable("name", self.name)
+        if not self.rewards:
+            raise ValueError("rewards: found none; expected at least one")
+        names = [rule.name for rule in self.rewards]
+        if len(set(names)) != len(names):
+            raise ValueError(f"rewards: found {names}; expected distinct names")
+        if self.actions.catalogue and self.default_action is not None and self.default_action not in self.actions.catalogue:
+            raise ValueError(f"default_action: found {self.default_action!r}; expected one of {list(self.actions.catalogue)}")
+
+    @property
+    def explores(self) -> bool:
+        """Whether every eligible action keeps a share of at least one in 2^31."""
+        return self.exploration_floor > 0
+
+    def reward(self, name: str) -> RewardRule:
+        """The rule of this name. Raises InputError for another."""
+        for rule in self.rewards:
+            if rule.name == name:
+                return rule
+        raise InputError(
+            f"decision point {self.name!r}: found reward {name!r}; expected one of {[rule.name for rule in self.rewards]}"
+        )
+
+
+def read_decision_point(path: Path) -> DecisionPoint:
+    """A decision point from a TOML file. Raises InputError that names file and key, and suggests the key that was meant."""
+    try:
+        return parse_decision_point(path.read_bytes(), str(path))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; expected a TOML file") from None
+
+
+def parse_decision_point(text: bytes | str, source: str = "decision point") -> DecisionPoint:
+    """A decision point from TOML text; `source` names it in errors."""
+    try:
+        return msgspec.toml.decode(text, type=DecisionPoint)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{source}: {_explained(str(error))}") from None
+    except (msgspec.DecodeError, ValueError) as error:
+        raise InputError(f"{source}: found text that is not TOML ({error})") from None
+
+
+def _explained(message: str) -> str:
+    """msgspec's message in this house's words: the key by its path in the file, and the name that was probably meant."""
+    place = re.search(r" - at `\$?\.?(.*)`$", message)
+    key = place[1] if place else ""
+    what = message[: place.start()] if place else message
+    unknown = re.search(r"unknown field `(.*)`", what)
+    if unknown is None:
+        return f"{key}: {what}" if key else what
+    structs = (DecisionPoint, Actions, RewardRule, FeatureSchema)
+    known = [name for struct in structs for name in struct.__struct_fields__] + [
+        "levels",
+        "missing",
+        "unknown",
+        "buckets",
+        "centre",
+        "scale",
+        "type",
+    ]
+    closest = difflib.get_close_matches(unknown[1], known, 1, 0.5)
+    hint = f"; did you mean {closest[0]!r}?" if closest else ""
+    return f"{f'{key}: ' if key else ''}unknown key {unknown[1]!r}{hint}"

@@ -1,0 +1,188 @@
+"""The wire contract: what a decision was, what came of it, what was really shown. Frozen structs, schema version 1.
+
+One schema for HTTP, the log, Kafka and OpenAPI. It only ever grows: new fields have defaults, and readers of one version read
+every earlier one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+
+import msgspec
+import numpy as np
+
+from bandits.sampling import TOTAL
+from ope.data import InputError, IntArray
+
+SCHEMA_VERSION = 1
+
+Id: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+"""Any 1 to 128 printable characters."""
+
+Kind: TypeAlias = Literal["sampled", "fallback", "override", "shadow"]
+"""How the action came about. Only `sampled` rows are learned from."""
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """One decision as it was made: enough to prove later why this action was taken, and with which probability.
+
+    Raises ValueError (msgspec.ValidationError when decoding) where the fields contradict each other.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    tenant: Id
+    decision_point: Id
+    decision_id: Id
+    decided_at_ns: int
+    unit: Id
+    """Keyed hash of the user, card or device that is randomised and clustered by."""
+    session: Id | None = None
+    parent: Id | None = None
+    """The decision that this one retries; the failed action is then not eligible."""
+    policy: Id
+    """name@digest"""
+    experiment: Id | None = None
+    arm: Id | None = None
+    seed_epoch: int
+    kind: Kind = "sampled"
+    actions: tuple[Id, ...]
+    """Eligible actions, in order."""
+    excluded: tuple[tuple[Id, str], ...] = ()
+    """(action, reason), removed before sampling."""
+    shares: bytes
+    """Little-endian u32 per action, summing to 2^31; empty where the vector is unknown (imports only)."""
+    propensity: float
+    """Of the chosen action; equals its share / 2^31 wherever shares are known."""
+    chosen: int
+    """Index into `actions`."""
+    pass_probability: float = 1.0
+    """Probability that the record was kept; 1 unless the log itself was sampled."""
+    body: msgspec.Raw
+    """Canonical JSON of context and action features."""
+    body_hash: bytes
+    request_hash: bytes
+
+    _ids: ClassVar[tuple[str, ...]] = (
+        "tenant",
+        "decision_point",
+        "decision_id",
+        "unit",
+        "session",
+        "parent",
+        "policy",
+        "experiment",
+        "arm",
+    )
+
+    def __post_init__(self) -> None:
+        for name in self._ids:
+            printable(name, getattr(self, name))
+        for action in self.actions:
+            printable("actions", action)
+        if len(set(self.actions)) != len(self.actions):
+            raise ValueError("actions: found one twice; expected distinct ids")
+        if not 0 <= self.chosen < len(self.actions):
+            raise ValueError(f"chosen: found {self.chosen}; expected an index into the {len(self.actions)} actions")
+        if not (0 < self.propensity <= 1 and 0 < self.pass_probability <= 1):
+            raise ValueError(
+                f"propensity, pass_probability: found {self.propensity}, {self.pass_probability}; expected both in (0, 1]"
+            )
+        if self.shares:
+            vector = self.share_vector()
+            if len(vector) != len(self.actions) or int(vector.sum()) != TOTAL:
+                raise ValueError(
+                    f"shares: found {len(vector)} summing to {int(vector.sum())}; expected {len(self.actions)} summing to {TOTAL}"
+                )
+            if int(vector[self.chosen]) / TOTAL != self.propensity:
+                raise ValueError(f"propensity: found {self.propensity}; expected its share, {int(vector[self.chosen]) / TOTAL}")
+
+    def share_vector(self) -> IntArray:
+        """Integer shares (k,), summing to 2^31; empty where the vector is unknown."""
+        return np.frombuffer(self.shares, dtype="<u4").astype(np.int64)
+
+
+class Reward(msgspec.Struct, frozen=True, kw_only=True):
+    """One observation of a named reward of a decision. A reversal is a further, negative event with its own id."""
+
+    schema_version: int = SCHEMA_VERSION
+    tenant: Id
+    decision_id: Id
+    name: Id
+    event_id: Annotated[str, msgspec.Meta(max_length=128)] = ""
+    """"" is the one of that name."""
+    observed_at_ns: int
+    received_at_ns: int
+    value: float
+
+    def __post_init__(self) -> None:
+        for name in ("tenant", "decision_id", "name", "event_id"):
+            printable(name, getattr(self, name))
+        if not math.isfinite(self.value):
+            raise ValueError(f"value: found {self.value}; expected a finite number")
+
+
+class Shown(msgspec.Struct, frozen=True, kw_only=True):
+    """What the caller really did with a decision: an action, or none."""
+
+    schema_version: int = SCHEMA_VERSION
+    tenant: Id
+    decision_id: Id
+    action: Id | None
+    observed_at_ns: int
+    received_at_ns: int
+
+    def __post_init__(self) -> None:
+        for name in ("tenant", "decision_id", "action"):
+            printable(name, getattr(self, name))
+
+
+def printable(field: str, text: str | None) -> None:
+    """Raise ValueError unless every character prints: ids end up in logs, file names and terminals."""
+    if text is not None and not text.isprintable():
+        raise ValueError(f"{field}: found {text!r}; expected printable characters only")
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces: equal values, equal bytes. Raises InputError for numbers that JSON does not have."""
+    _reject_not_finite(value, "")
+    try:
+        return msgspec.json.encode(value, order="sorted")
+    except (TypeError, msgspec.MsgspecError) as error:
+        raise InputError(
+            f"found a value that JSON does not have ({error}); expected text, numbers, booleans, null, lists, objects"
+        ) from None
+
+
+def digest(data: bytes) -> bytes:
+    """BLAKE2b-128."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def request_hash(decision_point: str, unit: str, session: str | None, parent: str | None, context: Any, actions: Any) -> bytes:
+    """What a repeat is decided by: the hash of the whole request in canonical JSON."""
+    return digest(
+        canonical(
+            {
+                "decision_point": decision_point,
+                "unit": unit,
+                "session": session,
+                "parent": parent,
+                "context": context,
+                "actions": actions,
+            }
+        )
+    )
+
+
+def _reject_not_finite(value: Any, place: str) -> None:
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise InputError(f"{place or 'value'}: found {value}; expected a finite number")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _reject_not_finite(item, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _reject_not_finite(item, f"{place}[{index}]")

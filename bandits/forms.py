@@ -1,0 +1,109 @@
+"""The serialisable form of a policy: a JSON document of kinds and settings, and arrays beside it. Equal policies, equal bytes.
+
+Nothing here runs code from a file: a document names kinds out of a fixed list, arrays are plain numbers.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from bandits.events import canonical
+from bandits.policy import POLICIES, Policy
+from bandits.posteriors import BayesianLinear, BetaBernoulli, NormalMean
+from bandits.scorers import Linear, Trees
+from ope.data import InputError
+
+KINDS: dict[str, type[Any]] = {
+    **{policy.kind: policy for policy in POLICIES},
+    "linear": Linear,
+    "trees": Trees,
+    "beta_bernoulli": BetaBernoulli,
+    "normal_mean": NormalMean,
+    "bayesian_linear": BayesianLinear,
+}
+"""Everything that a form may name."""
+
+_NAMES = {kind: name for name, kind in KINDS.items()}
+
+
+class Form(NamedTuple):
+    """A policy as data."""
+
+    document: dict[str, Any]
+    """Nested {"kind": ..., setting: value}; an array is {"array": its name}."""
+    arrays: dict[str, NDArray[Any]]
+
+
+def to_form(policy: Policy) -> Form:
+    """The form of a policy. Raises InputError for a part that is not of a known kind."""
+    arrays: dict[str, NDArray[Any]] = {}
+    return Form(_encode(policy, "policy", arrays), arrays)
+
+
+def from_form(form: Form) -> Policy:
+    """The policy of a form. Raises InputError for an unknown kind, setting or array."""
+    policy = _decode(form.document, "policy", form.arrays)
+    if type(policy) not in POLICIES:
+        raise InputError(f"policy: found kind {form.document.get('kind')!r}; expected one of {', '.join(p.kind for p in POLICIES)}")
+    return policy
+
+
+def to_bytes(form: Form) -> tuple[bytes, bytes]:
+    """(canonical JSON, npz) of a form: the same bytes for the same policy, on any day."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **dict(sorted(form.arrays.items())))  # type: ignore[arg-type]
+    return canonical(form.document), buffer.getvalue()
+
+
+def from_bytes(document: bytes, arrays: bytes) -> Form:
+    """The form in these bytes. Raises InputError where they are not JSON and a plain npz."""
+    try:
+        with np.load(io.BytesIO(arrays), allow_pickle=False) as loaded:
+            return Form(msgspec.json.decode(document, type=dict[str, Any]), {name: loaded[name] for name in loaded.files})
+    except (ValueError, OSError, EOFError, KeyError) as error:
+        raise InputError(f"found bytes that hold no policy ({error}); expected JSON and an npz without pickles") from None
+
+
+def _encode(value: Any, place: str, arrays: dict[str, NDArray[Any]]) -> Any:
+    if isinstance(value, np.ndarray):
+        arrays[place] = value
+        return {"array": place}
+    if is_dataclass(value):
+        if type(value) not in _NAMES:
+            raise InputError(f"{place}: found a {type(value).__name__}; expected one of {', '.join(KINDS)}")
+        settings = {f.name: _encode(getattr(value, f.name), f"{place}.{f.name}", arrays) for f in fields(value)}
+        return {"kind": _NAMES[type(value)], **settings}
+    if isinstance(value, tuple):
+        return [_encode(item, f"{place}.{index}", arrays) for index, item in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise InputError(f"{place}: found a {type(value).__name__}; expected numbers, text, arrays or known parts")
+
+
+def _decode(value: Any, place: str, arrays: Mapping[str, NDArray[Any]]) -> Any:
+    if isinstance(value, list):
+        return tuple(_decode(item, f"{place}.{index}", arrays) for index, item in enumerate(value))
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"array"}:
+        if value["array"] not in arrays:
+            raise InputError(f"{place}: found no array {value['array']!r}; expected one of {', '.join(sorted(arrays))}")
+        return arrays[value["array"]]
+    kind = KINDS.get(value.get("kind", ""))
+    if kind is None:
+        raise InputError(f"{place}: found kind {value.get('kind')!r}; expected one of {', '.join(KINDS)}")
+    settings = {name: _decode(item, f"{place}.{name}", arrays) for name, item in value.items() if name != "kind"}
+    known = {f.name for f in fields(kind)}
+    if settings.keys() - known:
+        raise InputError(f"{place}: found setting {min(settings.keys() - known)!r}; expected {', '.join(sorted(known))}")
+    try:
+        return kind(**settings)
+    except TypeError as error:
+        raise InputError(f"{place}: {error}") from None

@@ -1,0 +1,99 @@
+"""One way to draw: a distribution becomes integer shares of 2^31, a keyed hash of the decision's id a number, and that chooses.
+
+What was sampled from is what is logged: share / 2^31 is exact in float64, on any machine. Everything here replays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ope.data import BoolArray, FloatArray, InputError, IntArray
+
+TOTAL = 2**31
+"""What shares sum to: one share fits u32 even where it is all of them."""
+
+TOLERANCE = 1e-6
+"""How far from one a policy's probabilities may sum."""
+
+SLACK = int(TOTAL * TOLERANCE)
+
+
+@dataclass(frozen=True, slots=True)
+class Salt:
+    """The secret of one seed epoch. Without it nobody can choose an id that draws a wanted action; with it every draw replays."""
+
+    epoch: int
+    key: bytes
+
+    def __post_init__(self) -> None:
+        if not 16 <= len(self.key) <= 64:
+            raise InputError(f"found a salt of {len(self.key)} bytes; expected 16 to 64 random bytes")
+
+    def uniform(self, tenant: str, decision_id: str) -> int:
+        """A number in [0, 2^31): the top bits of BLAKE2b, keyed, over length-prefixed tenant and decision id."""
+        name, id_ = tenant.encode(), decision_id.encode()
+        message = len(name).to_bytes(4, "big") + name + len(id_).to_bytes(4, "big") + id_
+        return int.from_bytes(hashlib.blake2b(message, digest_size=8, key=self.key).digest(), "big") >> 33
+
+
+def quantise(vector: Sequence[float], *, explore: bool = True) -> list[int]:
+    """Shares of the eligible actions' probabilities (k,), summing to 2^31.
+
+    Each is rounded down, to at least 1 where `explore`; the largest (the first of equals) takes the difference. What rounding
+    left below zero by less than a share counts as 0.
+    Raises InputError where the vector is not a distribution.
+    """
+    least = 1 if explore else 0
+    try:
+        shares = [int(p * TOTAL) or least for p in vector]
+    except (ValueError, OverflowError):  # NaN, infinity
+        shares = []
+    left = TOTAL - sum(shares)
+    if not shares or min(shares) < 0 or not -len(shares) <= left <= SLACK + len(shares):
+        raise InputError(f"found probabilities {_shown(vector)}; expected numbers of at least 0 that sum to 1")
+    shares[shares.index(max(shares))] += left
+    return shares
+
+
+def quantise_rows(vectors: FloatArray, eligible: BoolArray, *, explore: bool = True) -> IntArray:
+    """`quantise` of every row (n, k), equal to the bit; 0 where not eligible.
+
+    Raises InputError at the first row that is not a distribution over its eligible actions.
+    """
+    with np.errstate(invalid="ignore"):  # NaN becomes a number here, and fails the sum
+        shares = (vectors * TOTAL).astype(np.int64)
+    good = (shares >= 0).all(axis=1) & (np.abs(vectors.sum(axis=1) - 1) <= TOLERANCE) & eligible.any(axis=1)
+    good &= ~((vectors > 0) & ~eligible).any(axis=1)
+    if not good.all():
+        row = int(np.argmin(good))
+        raise InputError(
+            f"row {row}: found probabilities {_shown(vectors[row].tolist())}, eligible {np.flatnonzero(eligible[row]).tolist()}; "
+            "expected numbers of at least 0 that sum to 1, and 0 on every ineligible action"
+        )
+    shares = np.where(eligible, np.maximum(shares, 1 if explore else 0), 0)
+    top = shares.argmax(axis=1)
+    shares[np.arange(len(shares)), top] += TOTAL - shares.sum(axis=1)
+    return shares
+
+
+def choose(shares: Sequence[int], u: int) -> int:
+    """Index of the action into whose share the number u in [0, 2^31) falls."""
+    for index, share in enumerate(shares):
+        u -= share
+        if u < 0:
+            return index
+    raise InputError(f"found shares that sum to less than u + 1; expected a sum of {TOTAL}")
+
+
+def choose_rows(shares: IntArray, u: IntArray) -> IntArray:
+    """`choose` for every row: shares (n, k), u (n,) -> (n,)."""
+    return (np.cumsum(shares, axis=1) <= u[:, None]).sum(axis=1)
+
+
+def _shown(vector: Sequence[float]) -> str:
+    shown = ", ".join(f"{p:.6g}" for p in vector[:8])
+    return f"[{shown}{', ...' if len(vector) > 8 else ''}]"

@@ -1,0 +1,97 @@
+"""Scores of actions, from which policies are made: linear, boosted trees, or several at once. Frozen arrays and settings.
+
+One row scores to the same bits as a million: products are taken row by row, never as one large matrix product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+
+from bandits.batch import DecisionBatch
+from ope.data import FloatArray, InputError
+
+
+class Scorer(Protocol):
+    """A number for every action of every request: the higher, the better."""
+
+    kind: ClassVar[str]
+
+    def scores(self, batch: DecisionBatch) -> FloatArray:
+        """Scores (n, k); what stands at ineligible actions is ignored."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Linear:
+    """bias_a + x·W_a + φ(x, a)·u, as it is or through the logistic function."""
+
+    bias: FloatArray
+    """(k,), or (1,) for all alike where actions have no names"""
+    context_weights: FloatArray
+    """W (d, k), or (0, 0)"""
+    action_weights: FloatArray
+    """u (p,), or (0,)"""
+    link: Literal["identity", "logistic"] = "identity"
+    kind: ClassVar[str] = "linear"
+
+    def scores(self, batch: DecisionBatch) -> FloatArray:
+        """Scores (n, k). Raises InputError where the batch has other features or actions than the weights."""
+        try:
+            if len(self.action_weights):
+                result = batch.action_features @ self.action_weights + self.bias
+            else:
+                result = np.zeros((len(batch), 1)) + self.bias
+            if self.context_weights.size:
+                result = result + (batch.context[:, None, :] @ self.context_weights)[:, 0]  # row by row, whatever n
+        except ValueError:
+            raise self._mismatch(batch) from None
+        if result.shape != batch.eligible.shape or (not len(self.action_weights) and batch.action_features.shape[2]):
+            result = self._alike(result, batch)
+        return 1 / (1 + np.exp(-result)) if self.link == "logistic" else result
+
+    def _alike(self, result: FloatArray, batch: DecisionBatch) -> FloatArray:
+        """One bias for all actions is a column that widens; anything else that does not fit is a mistake."""
+        if len(self.bias) > 1 or self.context_weights.size or batch.action_features.shape[2] != len(self.action_weights):
+            raise self._mismatch(batch)
+        return np.repeat(result, batch.eligible.shape[1], axis=1)
+
+    def _mismatch(self, batch: DecisionBatch) -> InputError:
+        d, k, p = batch.context.shape[1], batch.eligible.shape[1], batch.action_features.shape[2]
+        return InputError(
+            f"found {d} context features, {k} actions, {p} action features; expected weights for {len(self.context_weights)}, "
+            f"{len(self.bias)} and {len(self.action_weights)}: score with the schema that the policy was fitted on"
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trees:
+    """LightGBM trees on (action index, context, action features), all actions of a batch as one matrix."""
+
+    model: str
+    """LightGBM text"""
+    kind: ClassVar[str] = "trees"
+
+    def scores(self, batch: DecisionBatch) -> FloatArray:
+        """Scores (n, k). One thread, since a service scores many requests at once."""
+        features = joint_features(batch)
+        flat = _booster(self.model).predict(features.reshape(-1, features.shape[-1]), num_threads=1)
+        return np.asarray(flat, dtype=np.float64).reshape(features.shape[:2])
+
+
+def joint_features(batch: DecisionBatch) -> FloatArray:
+    """(action index, context, action features) of every action (n, k, 1 + d + p)."""
+    n, k = batch.eligible.shape
+    context = np.broadcast_to(batch.context[:, None, :], (n, k, batch.context.shape[1]))
+    index = np.broadcast_to(np.arange(k, dtype=np.float64)[None, :, None], (n, k, 1))
+    return np.concatenate((index, context, batch.action_features), axis=2)
+
+
+@lru_cache(maxsize=64)
+def _booster(model: str) -> Any:
+    from bandits.oracles import lightgbm_module
+
+    return lightgbm_module().Booster(model_str=model)

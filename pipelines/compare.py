@@ -1,0 +1,59 @@
+"""Learners beside each other on one log: each learns on fold A and is valued on fold B, which none of them saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from bandits.batch import DecisionBatch
+from bandits.learners import LEARNERS, Learner, fit_scorer, label
+from bandits.policy import Policy, Uniform
+from ope import Report, evaluate
+from ope.data import FloatArray, InputError, LoggedData
+from ope.estimators import Estimator
+from ope.selection import halves
+
+ESTIMATORS = ("IPS", "SNIPS", "DR", "Delta")
+
+
+def compare(
+    data: LoggedData,
+    learners: Mapping[str, Learner],
+    *,
+    k: int,
+    estimators: Sequence[str | Estimator] = ESTIMATORS,
+    seed: int = 0,
+    progress: Callable[[], object] | None = None,
+) -> dict[str, Report]:
+    """Reports on fold B of the logging policy, of uniform and of what each learner made of fold A. Delta is against the log.
+
+    The reward model behind DR was fitted on fold A too. `progress` is called after each learner.
+    """
+    fold_a, fold_b = (data.take(rows) for rows in halves(data, seed))
+    batch = DecisionBatch.of_log(fold_b, k)
+    q = fit_scorer(None, fold_a, k).scores(batch)
+    value = [one for one in estimators if one != "DR"] if fold_b.propensities is None else list(estimators)
+    reports = {
+        "logging": evaluate(fold_b, "logging", q, baseline="logging", estimators=value),
+        "uniform": report_on(fold_b, batch, Uniform(), q, estimators),
+    }
+    for name, learner in learners.items():
+        reports[name] = report_on(fold_b, batch, learner.fit(fold_a, k=k, seed=seed), q, estimators)
+        if progress is not None:
+            progress()
+    return reports
+
+
+def report_on(
+    data: LoggedData, batch: DecisionBatch, policy: Policy, q: FloatArray, estimators: Sequence[str | Estimator]
+) -> Report:
+    """One policy's report on a log whose requests are `batch`."""
+    return evaluate(data, policy.propensities(batch), q, baseline="logging", estimators=estimators)
+
+
+def learners_named(names: Sequence[str] | None) -> dict[str, Learner]:
+    """Learners by their labels; all of them for None. Raises InputError that lists the labels."""
+    known = {label(learner): learner for learner in LEARNERS}
+    for name in names or ():
+        if name not in known:
+            raise InputError(f"unknown learner {name!r}; expected one of {', '.join(known)}")
+    return {name: known[name] for name in names} if names else known
