@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 LIBGOMP := sh -c 'test "$$(id -u)" = 0 && { apt-get install -y libgomp1 || { apt-get update && apt-get install -y libgomp1; }; }'
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test static tests bench-ope clean
+.PHONY: demo test static tests bench-ope bench-bandits clean
 
 demo: .venv/.demo
 	$(BIN)/propel demo
@@ -24,6 +24,9 @@ tests: .venv/.dev
 bench-ope: .venv/.demo
 	$(BIN)/python -m benchmarks.ope --rounds 1000000 --actions 10
 	$(BIN)/python -m benchmarks.ope --rounds 10000000 --actions 10
+
+bench-bandits: .venv/.demo
+	$(BIN)/python -m benchmarks.bandits
 
 clean:
 	rm -rf .venv propel-demo .mypy_cache .ruff_cache .hypothesis .import_linter_cache

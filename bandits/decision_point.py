@@ -9,12 +9,12 @@ import difflib
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
-from bandits.events import Id, printable
-from bandits.features import FeatureSchema
+from bandits.events import Id, check_id
+from bandits.features import Boolean, Category, FeatureSchema, Hashed, Number
 from ope.data import InputError
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -36,7 +36,7 @@ class Actions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if len(set(self.catalogue)) != len(self.catalogue):
             raise ValueError("catalogue: found an action twice; expected distinct ids")
         for action in self.catalogue:
-            printable("catalogue", action)
+            check_id("catalogue", action)
 
 
 class RewardRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,6 +58,9 @@ class RewardRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: Annotated[int, msgspec.Meta(ge=1)] = 1
 
     def __post_init__(self) -> None:
+        check_id("name", self.name)
+        if not (math.isfinite(self.window_seconds) and math.isfinite(self.clock_tolerance_seconds)):
+            raise ValueError(f"window_seconds: found {self.window_seconds}; expected a finite number of seconds")
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ValueError(f"low, high: found {self.low}, {self.high}; expected finite numbers, the first smaller")
         if self.default is not None and not self.low <= self.default <= self.high:
@@ -89,7 +92,7 @@ class DecisionPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: Annotated[int, msgspec.Meta(ge=1)] = 1
 
     def __post_init__(self) -> None:
-        printable("name", self.name)
+        check_id("name", self.name)
         if not self.rewards:
             raise ValueError("rewards: found none; expected at least one")
         names = [rule.name for rule in self.rewards]
@@ -139,16 +142,18 @@ def _explained(message: str) -> str:
     unknown = re.search(r"unknown field `(.*)`", what)
     if unknown is None:
         return f"{key}: {what}" if key else what
-    structs = (DecisionPoint, Actions, RewardRule, FeatureSchema)
-    known = [name for struct in structs for name in struct.__struct_fields__] + [
-        "levels",
-        "missing",
-        "unknown",
-        "buckets",
-        "centre",
-        "scale",
-        "type",
-    ]
+    known = _known_keys(key)
     closest = difflib.get_close_matches(unknown[1], known, 1, 0.5)
     hint = f"; did you mean {closest[0]!r}?" if closest else ""
     return f"{f'{key}: ' if key else ''}unknown key {unknown[1]!r}{hint}"
+
+
+def _known_keys(place: str) -> list[str]:
+    """Keys that may stand at a place of the file, such as `rewards[0]`."""
+    structs: tuple[Any, ...] = (DecisionPoint,)
+    if place.startswith(("features.context", "features.action")):
+        structs = (Number, Boolean, Category, Hashed)
+    elif place:
+        structs = ({"actions": Actions, "rewards": RewardRule, "features": FeatureSchema}[re.split(r"[.\[]", place)[0]],)
+    keys = [name for struct in structs for name in struct.__struct_fields__]
+    return [*keys, "type"] if len(structs) > 1 else keys

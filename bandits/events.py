@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 import msgspec
 import numpy as np
@@ -23,6 +23,8 @@ Id: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 
 Kind: TypeAlias = Literal["sampled", "fallback", "override", "shadow"]
 """How the action came about. Only `sampled` rows are learned from."""
+
+KINDS: tuple[str, ...] = get_args(Kind)
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,9 +80,13 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for name in self._ids:
-            printable(name, getattr(self, name))
-        for action in self.actions:
-            printable("actions", action)
+            check_id(name, getattr(self, name))
+        for action in (*self.actions, *(action for action, _ in self.excluded)):
+            check_id("actions", action)
+        if self.kind not in KINDS:
+            raise ValueError(f"kind: found {self.kind!r}; expected one of {', '.join(KINDS)}")
+        if len(self.shares) % 4:
+            raise ValueError(f"shares: found {len(self.shares)} bytes; expected four per action")
         if len(set(self.actions)) != len(self.actions):
             raise ValueError("actions: found one twice; expected distinct ids")
         if not 0 <= self.chosen < len(self.actions):
@@ -117,8 +123,9 @@ class Reward(msgspec.Struct, frozen=True, kw_only=True):
     value: float
 
     def __post_init__(self) -> None:
-        for name in ("tenant", "decision_id", "name", "event_id"):
-            printable(name, getattr(self, name))
+        for name in ("tenant", "decision_id", "name"):
+            check_id(name, getattr(self, name))
+        check_id("event_id", self.event_id or None)
         if not math.isfinite(self.value):
             raise ValueError(f"value: found {self.value}; expected a finite number")
 
@@ -135,21 +142,24 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for name in ("tenant", "decision_id", "action"):
-            printable(name, getattr(self, name))
+            check_id(name, getattr(self, name))
 
 
-def printable(field: str, text: str | None) -> None:
-    """Raise ValueError unless every character prints: ids end up in logs, file names and terminals."""
-    if text is not None and not text.isprintable():
-        raise ValueError(f"{field}: found {text!r}; expected printable characters only")
+def check_id(field: str, text: str | None) -> None:
+    """Raise ValueError unless it is 1 to 128 printable characters: ids end up in logs, file names and terminals."""
+    if text is not None and not (1 <= len(text) <= 128 and text.isprintable()):
+        raise ValueError(f"{field}: found {text[:140]!r}; expected 1 to 128 printable characters")
 
 
 def canonical(value: Any) -> bytes:
-    """JSON with sorted keys and no spaces: equal values, equal bytes. Raises InputError for numbers that JSON does not have."""
-    _reject_not_finite(value, "")
+    """JSON with sorted keys and no spaces: equal JSON values, equal bytes; 1 and 1.0 are different ones.
+
+    Raises InputError for what JSON does not have.
+    """
+    _reject_not_json(value, "")
     try:
         return msgspec.json.encode(value, order="sorted")
-    except (TypeError, msgspec.MsgspecError) as error:
+    except (TypeError, ValueError, msgspec.MsgspecError) as error:
         raise InputError(
             f"found a value that JSON does not have ({error}); expected text, numbers, booleans, null, lists, objects"
         ) from None
@@ -176,13 +186,17 @@ def request_hash(decision_point: str, unit: str, session: str | None, parent: st
     )
 
 
-def _reject_not_finite(value: Any, place: str) -> None:
+def _reject_not_json(value: Any, place: str) -> None:
     if isinstance(value, float):
         if not math.isfinite(value):
             raise InputError(f"{place or 'value'}: found {value}; expected a finite number")
+    elif isinstance(value, bytes | bytearray | set | frozenset):
+        raise InputError(
+            f"{place or 'value'}: found a {type(value).__name__}; expected text, numbers, booleans, null, lists, objects"
+        )
     elif isinstance(value, dict):
         for key, item in value.items():
-            _reject_not_finite(item, f"{place}.{key}" if place else str(key))
+            _reject_not_json(item, f"{place}.{key}" if place else str(key))
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            _reject_not_finite(item, f"{place}[{index}]")
+            _reject_not_json(item, f"{place}[{index}]")

@@ -40,7 +40,7 @@ def softmax(scores: FloatArray, eligible: BoolArray | None, temperature: float) 
     if temperature != 1:
         weight /= temperature
     np.exp(weight, weight)
-    weight /= np.add.reduce(weight, axis=1, keepdims=True)
+    weight /= _sum(weight)
     return weight
 
 
@@ -77,6 +77,9 @@ def falcon_gamma(k: int, rows: int, *, c: float = 1.0, class_size: float = math.
 def winning_share(samples: FloatArray, eligible: BoolArray | None) -> FloatArray:
     """How often each action scores highest over m samples (m, n, k) -> (n, k): Thompson sampling's vector, and bagging's."""
     m, n, k = samples.shape
+    if not np.isfinite(samples).all():
+        _, row, action = (int(i) for i in np.argwhere(~np.isfinite(samples))[0])
+        raise InputError(f"row {row}, action {action}: found a score that is not finite; expected numbers below {SIZE:g} in size")
     winners = (samples if eligible is None else np.where(eligible[None], samples, -np.inf)).argmax(axis=2)
     counts = np.bincount((winners + np.arange(n) * k).ravel(), minlength=n * k)
     return counts.reshape(n, k) / m
@@ -97,6 +100,8 @@ def with_cap(vectors: FloatArray, eligible: BoolArray | None, high: FloatArray |
     Where the others have nothing it goes evenly to those with room. Raises InputError where the bounds cannot hold a distribution.
     """
     eligible = np.ones(vectors.shape, dtype=np.bool_) if eligible is None else eligible
+    if (np.ndim(high) and np.shape(high)[-1] not in (1, vectors.shape[1])) or not (np.asarray(high) >= 0).all():
+        raise InputError(f"found caps {high}; expected one number of at least 0, or {vectors.shape[1]} of them")
     bound = np.where(eligible, np.broadcast_to(high, vectors.shape), 0.0)
     room = bound.sum(axis=1)
     if not (room >= 1 - 1e-9).all():
@@ -109,9 +114,9 @@ def with_cap(vectors: FloatArray, eligible: BoolArray | None, high: FloatArray |
             break
         full |= (result > bound) & over
         free = eligible & ~full
-        left = 1 - np.where(full, bound, 0.0).sum(axis=1, keepdims=True)
+        left = 1 - _sum(np.where(full, bound, 0.0))
         shares = np.where(free, result, 0.0)
-        total = shares.sum(axis=1, keepdims=True)
+        total = _sum(shares)
         even = free / np.maximum(free.sum(axis=1, keepdims=True), 1)
         spread = np.where(total > 0, shares / np.where(total > 0, total, 1.0), even) * left
         result = np.where(over, np.where(full, bound, spread), result)  # rows within their caps keep their bits
@@ -120,13 +125,20 @@ def with_cap(vectors: FloatArray, eligible: BoolArray | None, high: FloatArray |
 
 def _masked(scores: FloatArray, eligible: BoolArray | None) -> FloatArray:
     """Scores, minus infinity where not eligible. Raises InputError where a score is no number of ordinary size."""
-    size = np.vdot(scores, scores)  # one product finds NaN, infinity and 1e308 anywhere
-    if not size < SIZE**2:
-        row, action = (int(i) for i in np.argwhere(~(np.abs(scores) < SIZE))[0])
+    if not np.vdot(scores, scores) < SIZE:  # one product finds NaN, infinity and 1e308 anywhere
+        bad = ~(np.abs(scores) < SIZE) & (True if eligible is None else eligible)
+        if not bad.any():
+            return scores if eligible is None else np.where(eligible, scores, -np.inf)
+        row, action = (int(i) for i in np.argwhere(bad)[0])
         raise InputError(
             f"row {row}, action {action}: found a score of {scores[row, action]}; expected a finite number below {SIZE:g} in size"
         )
     return scores if eligible is None else np.where(eligible, scores, -np.inf)
+
+
+def _sum(values: FloatArray) -> FloatArray:
+    """Row sums (n, 1), added from left to right: padding at the end changes no bit."""
+    return np.add.accumulate(values, axis=1)[:, -1:]
 
 
 def _count(eligible: BoolArray | None, k: int) -> Any:
@@ -146,5 +158,5 @@ def _rest_to_best(others: FloatArray, masked: FloatArray) -> FloatArray:
     rows: Any = np.arange(len(others))
     best = masked.argmax(axis=1)
     others[rows, best] = 0.0
-    others[rows, best] = 1 - np.add.reduce(others, axis=1)
+    others[rows, best] = 1 - _sum(others)[:, 0]
     return others

@@ -6,7 +6,6 @@ A schema is part of every artifact: names, types, levels, what is missing and wh
 from __future__ import annotations
 
 import hashlib
-import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
@@ -19,6 +18,9 @@ import numpy as np
 
 from bandits.batch import DecisionBatch
 from ope.data import BoolArray, FloatArray, InputError
+
+LARGEST = 1e50
+"""Numbers beyond this are mistakes; below it, scaled and squared, they stay numbers."""
 
 NUMBERS = frozenset((float, int))
 """Types of a number; a boolean is none."""
@@ -46,6 +48,16 @@ class Number(msgspec.Struct, frozen=True, tag="number", forbid_unknown_fields=Tr
         """Names of the columns this feature fills."""
         return [self.name] if self.missing is None else [self.name, f"{self.name} is missing"]
 
+    def check(self) -> None:
+        """Raise ValueError for settings that would leave the range of numbers."""
+        for name, value, good in (
+            ("scale", self.scale, 1e-50 <= self.scale <= 1e50),
+            ("centre", self.centre, abs(self.centre) < 1e50),
+            ("missing", self.missing, self.missing is None or abs(self.missing) < 1e50),
+        ):
+            if not good:
+                raise ValueError(f"{self.name}: found {name} {value}; expected a number below 1e50 in size, a scale above 1e-50")
+
     def encoder(self) -> Encoder:
         """The function from a value to its columns. Raises InputError for a value that is not a finite number."""
         name, centre, scale, missing = self.name, self.centre, self.scale, self.missing
@@ -53,7 +65,7 @@ class Number(msgspec.Struct, frozen=True, tag="number", forbid_unknown_fields=Tr
 
         def encode(value: Any) -> Sequence[float]:
             kind = type(value)
-            if (kind is float or kind is int) and -1e100 < value < 1e100:  # also refuses NaN
+            if (kind is float or kind is int) and -LARGEST < value < LARGEST:  # also refuses NaN
                 scaled = (value - centre) / scale
                 return (scaled,) if absent is None else (scaled, 0.0)
             if value is None and absent is not None:
@@ -130,7 +142,7 @@ class Hashed(msgspec.Struct, frozen=True, tag="hashed", forbid_unknown_fields=Tr
         absent = (0.0,) * buckets
 
         def encode(value: Any) -> Sequence[float]:
-            if type(value) is str:
+            if type(value) is str and not any("\ud800" <= character <= "\udfff" for character in value):
                 return bucket(value)
             if value is None:
                 return absent
@@ -162,8 +174,8 @@ class FeatureSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dic
                 if name not in names:
                     raise ValueError(f"interactions: found {name!r}; expected one of {names}")
         for feature in (*self.context, *self.action):
-            if isinstance(feature, Number) and not (feature.scale > 0 and abs(feature.centre) < 1e100):
-                raise ValueError(f"{feature.name}: found scale {feature.scale}; expected a positive number")
+            if isinstance(feature, Number):
+                feature.check()
             if isinstance(feature, Category) and (not feature.levels or len(set(feature.levels)) != len(feature.levels)):
                 raise ValueError(f"{feature.name}: found levels {list(feature.levels)}; expected at least one, all distinct")
 
@@ -184,8 +196,12 @@ class FeatureSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dic
 
         Raises InputError naming row, feature, what was found and what was expected.
         """
+        if len(contexts) == 0:
+            raise InputError("found no request; expected at least one context, which may be empty")
         context, blocks = self._contexts(contexts)
         if isinstance(actions, int):
+            if actions < 1:
+                raise InputError(f"row 0: found {actions} eligible actions; expected at least one")
             if self.action:
                 raise InputError(f"actions: found no features; expected {[feature.name for feature in self.action]} of each")
             return DecisionBatch(context, np.empty((len(contexts), actions, 0)), _all_eligible(len(contexts), actions), True)
@@ -289,9 +305,14 @@ def _plain(rows: Sequence[Fields], plan: _Plan, what: str) -> FloatArray:
                 raise _unknown(fields, plan, rows.index(fields), what)
     except KeyError:
         flat = [None]
-    if not (NUMBERS.issuperset(map(type, flat)) and math.isfinite(sum(flat))):
-        raise _first_bad_number(rows, plan, what)
-    return np.frombuffer(array("d", flat)).reshape(len(rows), -1)  # twice as fast as np.array of a list
+    try:
+        numbers = np.frombuffer(array("d", flat))  # twice as fast as np.array of a list
+    except (TypeError, OverflowError):
+        _reject_bad_numbers(rows, plan, what)
+        raise
+    if not (NUMBERS.issuperset(map(type, flat)) and np.vdot(numbers, numbers) < LARGEST**2):
+        _reject_bad_numbers(rows, plan, what)
+    return numbers.reshape(len(rows), -1)  # twice as fast as np.array of a list
 
 
 def _encode(
@@ -302,8 +323,8 @@ def _encode(
         flat = list(plan.read_plain(fields))
     except KeyError:
         flat = [None]
-    if not (NUMBERS.issuperset(map(type, flat)) and math.isfinite(sum(flat))):
-        raise _first_bad_number([fields], plan, what, row)
+    if not (NUMBERS.issuperset(map(type, flat)) and all(-LARGEST < value < LARGEST for value in flat)):
+        _reject_bad_numbers([fields], plan, what, row)
     kept: dict[str, Sequence[float]] = {}
     absent = False
     for name, encode in plan.rest:
@@ -328,13 +349,13 @@ def _unknown(fields: Fields, plan: _Plan, row: int, what: str) -> InputError:
     return InputError(f"row {row}, {what} feature {unknown!r}: not in the schema; expected {sorted(plan.names)}")
 
 
-def _first_bad_number(rows: Sequence[Fields], plan: _Plan, what: str, first_row: int = 0) -> InputError:
+def _reject_bad_numbers(rows: Sequence[Fields], plan: _Plan, what: str, first_row: int = 0) -> None:
+    """Raise InputError at the first plain number that is none."""
     for row, fields in enumerate(rows, first_row):
         for name in plan.plain:
             value = fields.get(name)
-            if type(value) not in NUMBERS or not math.isfinite(value):  # type: ignore[arg-type]
-                return InputError(f"row {row}, {what} {_wrong(name, value, 'a finite number, which may not be missing')}")
-    return InputError(f"{what} features {list(plan.plain)}: found numbers whose sum overflows; expected ordinary sizes")
+            if type(value) not in NUMBERS or not -LARGEST < value < LARGEST:  # type: ignore[operator]
+                raise InputError(f"row {row}, {what} {_wrong(name, value, 'a finite number, which may not be missing')}") from None
 
 
 def _table(

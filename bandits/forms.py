@@ -6,6 +6,7 @@ Nothing here runs code from a file: a document names kinds out of a fixed list, 
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
@@ -29,6 +30,9 @@ KINDS: dict[str, type[Any]] = {
     "bayesian_linear": BayesianLinear,
 }
 """Everything that a form may name."""
+
+PARTS = frozenset(("scorer", "scorers", "guard", "policy", "policies", "posterior"))
+"""Settings that are parts themselves."""
 
 _NAMES = {kind: name for name, kind in KINDS.items()}
 
@@ -67,13 +71,13 @@ def from_bytes(document: bytes, arrays: bytes) -> Form:
     try:
         with np.load(io.BytesIO(arrays), allow_pickle=False) as loaded:
             return Form(msgspec.json.decode(document, type=dict[str, Any]), {name: loaded[name] for name in loaded.files})
-    except (ValueError, OSError, EOFError, KeyError) as error:
+    except (ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise InputError(f"found bytes that hold no policy ({error}); expected JSON and an npz without pickles") from None
 
 
 def _encode(value: Any, place: str, arrays: dict[str, NDArray[Any]]) -> Any:
     if isinstance(value, np.ndarray):
-        arrays[place] = value
+        arrays[place] = value if value.flags.f_contiguous else np.ascontiguousarray(value)
         return {"array": place}
     if is_dataclass(value):
         if type(value) not in _NAMES:
@@ -93,16 +97,21 @@ def _decode(value: Any, place: str, arrays: Mapping[str, NDArray[Any]]) -> Any:
     if not isinstance(value, dict):
         return value
     if set(value) == {"array"}:
-        if value["array"] not in arrays:
+        if not isinstance(value["array"], str) or value["array"] not in arrays:
             raise InputError(f"{place}: found no array {value['array']!r}; expected one of {', '.join(sorted(arrays))}")
         return arrays[value["array"]]
-    kind = KINDS.get(value.get("kind", ""))
+    name = value.get("kind")
+    kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise InputError(f"{place}: found kind {value.get('kind')!r}; expected one of {', '.join(KINDS)}")
     settings = {name: _decode(item, f"{place}.{name}", arrays) for name, item in value.items() if name != "kind"}
     known = {f.name for f in fields(kind)}
     if settings.keys() - known:
         raise InputError(f"{place}: found setting {min(settings.keys() - known)!r}; expected {', '.join(sorted(known))}")
+    for name in PARTS & settings.keys():
+        parts = settings[name] if isinstance(settings[name], tuple) else (settings[name],)
+        if not parts or not all(is_dataclass(part) for part in parts):
+            raise InputError(f"{place}.{name}: found {value[name]!r}; expected a part with a kind")
     try:
         return kind(**settings)
     except TypeError as error:

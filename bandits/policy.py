@@ -77,7 +77,7 @@ class Softmax:
     kind: ClassVar[str] = "softmax"
 
     def __post_init__(self) -> None:
-        _within("temperature", self.temperature, 1e-12, np.inf)
+        _within("temperature", self.temperature, 1e-12, 1e100)
 
     def propensities(self, batch: DecisionBatch) -> FloatArray:
         """(n, k)"""
@@ -93,7 +93,7 @@ class InverseGap:
     kind: ClassVar[str] = "inverse_gap"
 
     def __post_init__(self) -> None:
-        _within("gamma", self.gamma, 0.0, np.inf)
+        _within("gamma", self.gamma, 0.0, 1e100)
 
     def propensities(self, batch: DecisionBatch) -> FloatArray:
         """(n, k)"""
@@ -109,7 +109,7 @@ class FastCB:
     kind: ClassVar[str] = "fast_cb"
 
     def __post_init__(self) -> None:
-        _within("gamma", self.gamma, 0.0, np.inf)
+        _within("gamma", self.gamma, 0.0, 1e100)
 
     def propensities(self, batch: DecisionBatch) -> FloatArray:
         """(n, k). Raises InputError for a score above 1."""
@@ -141,6 +141,11 @@ class Thompson:
     def propensities(self, batch: DecisionBatch) -> FloatArray:
         """(n, k)"""
         sampled = self.posterior.sample(np.random.default_rng(self.seed), self.draws)
+        found = batch.eligible.shape[1] if isinstance(self.posterior, BetaBernoulli) else batch.action_features.shape[2]
+        if found != sampled.shape[1]:
+            raise InputError(
+                f"found a batch of {found} actions, or action features; expected {sampled.shape[1]}, as in the posterior"
+            )
         if isinstance(self.posterior, BetaBernoulli):
             if batch.full:
                 return np.repeat(exploration.winning_share(sampled[:, None, :], None), len(batch), axis=0)
@@ -158,7 +163,7 @@ class UCB:
     kind: ClassVar[str] = "ucb"
 
     def __post_init__(self) -> None:
-        _within("alpha", self.alpha, 0.0, np.inf)
+        _within("alpha", self.alpha, 0.0, 1e100)
         _within("floor", self.floor, 1e-9, 1.0)
 
     def propensities(self, batch: DecisionBatch) -> FloatArray:
@@ -189,7 +194,8 @@ class Mixture:
     kind: ClassVar[str] = "mixture"
 
     def __post_init__(self) -> None:
-        if len(self.policies) != len(self.weights) or min(self.weights, default=-1) < 0 or abs(sum(self.weights) - 1) > 1e-9:
+        fits = len(self.policies) == len(self.weights) and all(weight >= 0 for weight in self.weights)
+        if not (fits and abs(sum(self.weights) - 1) <= 1e-9):
             raise InputError(f"found weights {self.weights} for {len(self.policies)} policies; expected one each, summing to 1")
 
     def propensities(self, batch: DecisionBatch) -> FloatArray:

@@ -20,6 +20,7 @@ TOLERANCE = 1e-6
 """How far from one a policy's probabilities may sum."""
 
 SLACK = int(TOTAL * TOLERANCE)
+"""The same in shares; rounding down adds at most one per action."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ def quantise(vector: Sequence[float], *, explore: bool = True) -> list[int]:
     except (ValueError, OverflowError):  # NaN, infinity
         shares = []
     left = TOTAL - sum(shares)
-    if not shares or min(shares) < 0 or not -len(shares) <= left <= SLACK + len(shares):
+    if not shares or min(shares) < 0 or abs(left) > SLACK + len(shares):
         raise InputError(f"found probabilities {_shown(vector)}; expected numbers of at least 0 that sum to 1")
     shares[shares.index(max(shares))] += left
     return shares
@@ -66,17 +67,19 @@ def quantise_rows(vectors: FloatArray, eligible: BoolArray, *, explore: bool = T
     """
     with np.errstate(invalid="ignore"):  # NaN becomes a number here, and fails the sum
         shares = (vectors * TOTAL).astype(np.int64)
-    good = (shares >= 0).all(axis=1) & (np.abs(vectors.sum(axis=1) - 1) <= TOLERANCE) & eligible.any(axis=1)
+    count = eligible.sum(axis=1)
+    good = (shares >= 0).all(axis=1) & ~np.isnan(vectors).any(axis=1) & (count > 0)
     good &= ~((vectors > 0) & ~eligible).any(axis=1)
+    shares = np.where(eligible, np.maximum(shares, 1 if explore else 0), 0)
+    left = TOTAL - shares.sum(axis=1)
+    good &= np.abs(left) <= SLACK + count
     if not good.all():
         row = int(np.argmin(good))
         raise InputError(
             f"row {row}: found probabilities {_shown(vectors[row].tolist())}, eligible {np.flatnonzero(eligible[row]).tolist()}; "
             "expected numbers of at least 0 that sum to 1, and 0 on every ineligible action"
         )
-    shares = np.where(eligible, np.maximum(shares, 1 if explore else 0), 0)
-    top = shares.argmax(axis=1)
-    shares[np.arange(len(shares)), top] += TOTAL - shares.sum(axis=1)
+    shares[np.arange(len(shares)), shares.argmax(axis=1)] += left
     return shares
 
 

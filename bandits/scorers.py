@@ -1,6 +1,6 @@
 """Scores of actions, from which policies are made: linear, boosted trees, or several at once. Frozen arrays and settings.
 
-One row scores to the same bits as a million: products are taken row by row, never as one large matrix product.
+One row scores to the same bits as a million, and as one padded to a longer set: every score is a dot product of its own.
 """
 
 from __future__ import annotations
@@ -38,20 +38,27 @@ class Linear:
     link: Literal["identity", "logistic"] = "identity"
     kind: ClassVar[str] = "linear"
 
+    def __post_init__(self) -> None:
+        if self.link not in ("identity", "logistic"):
+            raise InputError(f"found link={self.link!r}; expected 'identity' or 'logistic'")
+        for name in ("bias", "action_weights"):  # other strides would sum in another order
+            object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=np.float64))
+        object.__setattr__(self, "context_weights", np.asfortranarray(self.context_weights, dtype=np.float64))
+
     def scores(self, batch: DecisionBatch) -> FloatArray:
         """Scores (n, k). Raises InputError where the batch has other features or actions than the weights."""
         try:
             if len(self.action_weights):
-                result = batch.action_features @ self.action_weights + self.bias
+                result = np.vecdot(batch.action_features, self.action_weights) + self.bias
             else:
                 result = np.zeros((len(batch), 1)) + self.bias
             if self.context_weights.size:
-                result = result + (batch.context[:, None, :] @ self.context_weights)[:, 0]  # row by row, whatever n
+                result = result + np.vecdot(batch.context[:, None, :], self.context_weights.T)
         except ValueError:
             raise self._mismatch(batch) from None
         if result.shape != batch.eligible.shape or (not len(self.action_weights) and batch.action_features.shape[2]):
             result = self._alike(result, batch)
-        return 1 / (1 + np.exp(-result)) if self.link == "logistic" else result
+        return 1 / (1 + np.exp(-np.clip(result, -700, 700))) if self.link == "logistic" else result
 
     def _alike(self, result: FloatArray, batch: DecisionBatch) -> FloatArray:
         """One bias for all actions is a column that widens; anything else that does not fit is a mistake."""

@@ -100,7 +100,7 @@ def test_one_request_equals_its_row_of_a_batch_to_the_bit():
 
 def test_the_same_holds_where_every_feature_is_a_plain_number():
     rng = np.random.default_rng(3)
-    sizes = (-200, 99)
+    sizes = (-200, 49)
     number = [lambda: float(rng.normal() * 10.0 ** rng.integers(*sizes)), lambda: int(rng.integers(-(2**62), 2**62)), lambda: -0.0]
 
     def fields(*names):

@@ -89,6 +89,8 @@ def by_autograd(
     share = np.ones(data.n) if data.sample_weight is None else data.sample_weight
     flat = data.context if data.action_features is None else data.action_features.reshape(-1, D)
     each = np.repeat(share, len(flat) // data.n)
+    if data.eligible is not None and data.action_features is not None:
+        each = each * data.eligible.ravel()  # padding weighs nothing
     centre = np.average(flat, axis=0, weights=each)
     standard = (flat - centre) / np.sqrt(np.average((flat - centre) ** 2, axis=0, weights=each))
     t = torch.tensor(theta, requires_grad=True)

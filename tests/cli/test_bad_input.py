@@ -206,7 +206,7 @@ def test_no_spoiled_column_ends_in_a_traceback(write_log: Any, run: Run) -> None
 def test_a_report_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> None:
     """The largest file that this process may write is smaller than the page: a full disk, as the program sees it."""
     out = tmp_path / "out"
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))"
     code = f"{limit}; import sys; sys.argv = ['propel', 'demo', '--out', {str(out)!r}]; import propel; propel.main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 2
