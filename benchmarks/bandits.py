@@ -20,7 +20,7 @@ from bandits.batch import DecisionBatch
 from bandits.features import FeatureSchema, Number
 from bandits.learners import DR, IPS, fit_scorer, logged_features
 from bandits.oracles import BoostedTrees
-from bandits.policy import Floor, Softmax
+from bandits.policy import EpsilonGreedy, Floor, Policy, Softmax
 from bandits.sampling import Salt, choose, quantise
 from bandits.scorers import Linear
 from ope.data import LoggedData
@@ -51,15 +51,17 @@ def deciding() -> None:
     rng = np.random.default_rng(0)
     schema = FeatureSchema(action=tuple(Number(f"f{i}") for i in range(FEATURES)))
     request = [[{f"f{i}": float(rng.normal()) for i in range(FEATURES)} for _ in range(ACTIONS)]]
-    policy = Floor(Softmax(Linear(np.zeros(1), np.empty((0, 0)), rng.normal(size=FEATURES))), 0.02)
+    scorer = Linear(np.zeros(1), np.empty((0, 0)), rng.normal(size=FEATURES))
     batch, salt = schema.batch([{}], request), Salt(1, b"k" * 32)
 
-    def decide(batch: DecisionBatch) -> int:
+    def decide(policy: Policy, batch: DecisionBatch) -> int:
         shares = quantise(policy.propensities(batch)[0].tolist())
         return choose(shares, salt.uniform("tenant", "018f3c3e-7a1b-7cc2-9d6e-0123456789ab"))
 
-    show("decide from arrays", cpu_us=microseconds(lambda: decide(batch)), bound_us=15.0)
-    show("decide from a request", cpu_us=microseconds(lambda: decide(schema.batch([{}], request)), 1000), bound_us=40.0)
+    greedy, soft = EpsilonGreedy(scorer, 0.02), Floor(Softmax(scorer), 0.02)  # VW explores by epsilon, too
+    show("decide from arrays", cpu_us=microseconds(lambda: decide(greedy, batch)), bound_us=15.0)
+    show("decide from a request", cpu_us=microseconds(lambda: decide(greedy, schema.batch([{}], request)), 1000), bound_us=40.0)
+    show("decide from arrays, softmax and floor", cpu_us=microseconds(lambda: decide(soft, batch)))
     if importlib.util.find_spec("vowpalwabbit"):
         vw: Any = _workspace("--cb_explore_adf --epsilon 0.02")
         lines = [f"|a {' '.join(f'{name}:{value:.6f}' for name, value in fields.items())}" for fields in request[0]]
