@@ -188,7 +188,8 @@ def print_demo(found: Demo, console: Console) -> None:
     n = found.reverse_truth.n
     console.print(f"\n{n:,} decisions of a uniform policy: 80 items, 3 positions, {found.clicks} clicks\n", style="bold")
     title = "1. What would each candidate have earned, in clicks per decision? Delta: against uniform. B: learned on fold A"
-    print_reports(console, f"{title}, valued on fold B", found.reports)
+    print_reports(console, f"{title}, valued on fold B", found.reports, reasons_of=("DR",))
+    console.print("- What speaks against the other estimators stands in the report.")
     own = found.on_policy
     console.print(
         f"\n[bold]2. Check: Thompson sampling's own click rate was {number(own.value)} ± {own.stderr:.2g}. "

@@ -19,8 +19,13 @@ def print_report(console: Console, title: str, report: Report, *, force: bool = 
     print_reports(console, title, {"": report}, force=force)
 
 
-def print_reports(console: Console, title: str, reports: Mapping[str, Report], *, force: bool = False) -> None:
-    """Reports of several policies in one table, then every reason once, with the policies that it concerns."""
+def print_reports(
+    console: Console, title: str, reports: Mapping[str, Report], *, force: bool = False, reasons_of: Sequence[str] | None = None
+) -> None:
+    """Reports of several policies in one table, then every reason once, with the policies that it concerns.
+
+    `reasons_of`: the estimators whose reasons are printed, where those of all would be too many to read.
+    """
     first = next(iter(reports.values())).estimates[0]
     console.print(f"[bold]{escape(title)}[/]", highlight=False)
     table = Table(box=None, pad_edge=False, collapse_padding=True)
@@ -34,15 +39,15 @@ def print_reports(console: Console, title: str, reports: Mapping[str, Report], *
         for estimate in report.estimates:
             table.add_row(*_cells(estimate, force))
     console.print(table)
-    for line in reasons(reports):
+    for line in reasons(reports, reasons_of):
         console.print(f"- {escape(line)}", highlight=False)
     for line in notes(reports):
         console.print(f"  {escape(line)}", highlight=False, style="dim")
 
 
-def reasons(reports: Mapping[str, Report]) -> list[str]:
-    """Every reason against an estimate, once, with the policies and estimators it concerns."""
-    return _once(reports, lambda estimate: estimate.reasons)
+def reasons(reports: Mapping[str, Report], of: Sequence[str] | None = None) -> list[str]:
+    """Every reason against an estimate (of these estimators), once, with the policies and estimators it concerns."""
+    return _once(reports, lambda estimate: estimate.reasons if of is None or estimate.estimator in of else ())
 
 
 def notes(reports: Mapping[str, Report]) -> list[str]:
@@ -84,6 +89,6 @@ def _whom(reports: Mapping[str, Report], by_policy: Mapping[str, list[str]]) -> 
         (names,) = sets
         return "" if len(names) == len(next(iter(reports.values()))) else f"{', '.join(names)}: "
     parts = [
-        policy if len(names) == len(reports[policy]) else f"{policy} {', '.join(names)}" for policy, names in by_policy.items()
+        policy if len(names) == len(reports[policy]) else f"{policy} ({', '.join(names)})" for policy, names in by_policy.items()
     ]
     return f"{'; '.join(parts)}: "
