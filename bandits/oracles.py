@@ -1,6 +1,6 @@
 """Regression oracles: scikit-learn estimators that predict the expected reward, and maps that calibrate what they predict.
 
-All honour `sample_weight`: weight m is m repeats of a row. Weights reach every step of a pipeline through `fit_oracle`.
+All honour `sample_weight`: weight m is m repeats of a row. Weights reach every step of a pipeline through `ope.nuisance.fit_model`.
 """
 
 # ruff: noqa: N803  # X is scikit-learn's own name for it
@@ -13,12 +13,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import expit, logit
-from sklearn.base import BaseEstimator, RegressorMixin, clone
+from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, has_fit_parameter, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from ope.data import FloatArray, InputError, checked_finite
 
@@ -148,18 +148,6 @@ def ridge(alpha: float = 1.0) -> Any:
 def logistic(c: float = 1.0) -> Any:
     """Probability of reward 1, by logistic regression with inverse penalty `c` on scaled features; rewards in [0, 1]."""
     return make_pipeline(StandardScaler(), Probability(c=c, reward_range=(0.0, 1.0)))
-
-
-def fit_oracle(model: Any, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Any:
-    """A fitted clone of any regressor. In a pipeline every step that can takes the weights; InputError if the last cannot."""
-    fitted = clone(model)
-    if sample_weight is None:
-        return fitted.fit(X, y)
-    steps: list[tuple[str, Any]] = getattr(fitted, "steps", [("", fitted)])
-    takers = [name for name, step in steps if has_fit_parameter(step, "sample_weight")]
-    if steps[-1][0] not in takers:
-        raise InputError(f"{type(steps[-1][1]).__name__} takes no sample weights, but they were given; choose another model")
-    return fitted.fit(X, y, **{f"{name}__sample_weight" if name else "sample_weight": sample_weight for name in takers})
 
 
 @dataclass(frozen=True, slots=True, eq=False)

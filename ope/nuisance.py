@@ -71,7 +71,7 @@ def cross_fit_propensity(data: LoggedData, k: int, model: Any = None, *, folds: 
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)) if model is None else model
     propensities = np.zeros((data.n, k))
     for train, test in cross_splits(data, folds, seed):
-        fitted = _fit(model, _context(data, train), data.action[train], _weights(data, train))
+        fitted = fit_model(model, _context(data, train), data.action[train], _weights(data, train))
         propensities[np.ix_(test, fitted.classes_)] = fitted.predict_proba(_context(data, test))
     return propensities
 
@@ -115,13 +115,17 @@ def _fit_reward(
     if reward.min() == reward.max() or features.shape[1] == 0:
         constant = float(np.average(reward, weights=weight))
         return lambda features: np.full(len(features), constant)
-    fitted = _fit(model, features, reward, weight)
+    fitted = fit_model(model, features, reward, weight)
     if is_classifier(model):
         return lambda features: fitted.predict_proba(features) @ fitted.classes_
     return lambda features: fitted.predict(features)
 
 
-def _fit(model: Any, features: FloatArray, target: Any, weight: FloatArray | None) -> Any:
+def fit_model(model: Any, features: Any, target: Any, weight: Any = None) -> Any:
+    """A fitted clone of any scikit-learn model. In a pipeline every step that can takes the weights (n,).
+
+    Raises InputError if there are weights and the last step cannot take them.
+    """
     fitted = clone(model)
     if weight is None:
         return fitted.fit(features, target)

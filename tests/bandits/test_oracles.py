@@ -18,9 +18,10 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 from bandits import oracles
-from bandits.oracles import BoostedTrees, Calibration, Probability, fit_calibration, fit_oracle, logistic, ridge
+from bandits.oracles import BoostedTrees, Calibration, Probability, fit_calibration, logistic, ridge
 from bandits.oracles import expected_calibration_error as calibration_error
 from ope.data import InputError
+from ope.nuisance import fit_model
 
 NEEDS_OTHER_PACKAGES = {"check_sample_weights_pandas_series", "check_regressor_data_not_an_array", "check_array_api_input"}
 
@@ -78,10 +79,10 @@ def test_weight_is_repeats_of_a_row(model, tolerance, seed):
     X = np.round(X, 1)  # fewer distinct values than bins
     rng = np.random.default_rng(seed + 100)
     y, times = np.clip(mean + 0.2 * rng.normal(size=600), 0, 1), rng.integers(0, 4, 600)
-    weighted, repeated = fit_oracle(model, X, y, times), fit_oracle(model, np.repeat(X, times, axis=0), np.repeat(y, times))
+    weighted, repeated = fit_model(model, X, y, times), fit_model(model, np.repeat(X, times, axis=0), np.repeat(y, times))
     seen = X[times > 0]  # between values that were seen, equally good thresholds may lie apart
     assert weighted.predict(seen) == pytest.approx(repeated.predict(seen), abs=tolerance)
-    assert np.abs(weighted.predict(X) - fit_oracle(model, X, y).predict(X)).max() > 0.01, "the weights do matter"
+    assert np.abs(weighted.predict(X) - fit_model(model, X, y).predict(X)).max() > 0.01, "the weights do matter"
 
 
 def test_trees_learn_what_lines_cannot():
@@ -209,7 +210,7 @@ X4, Y4 = np.arange(4.0)[:, None], np.array([0.0, 1.0, 0.0, 1.0])
         (lambda: BoostedTrees().fit(X4, Y4, np.zeros(4)), "found 0 for every row|zero"),
         (lambda: logistic().fit(X4, Y4 - 1), r"found rewards from -1 to 0; expected them in \[0, 1\]"),
         (
-            lambda: fit_oracle(make_pipeline(StandardScaler(), KNeighborsRegressor(1)), X4, Y4, np.ones(4)),
+            lambda: fit_model(make_pipeline(StandardScaler(), KNeighborsRegressor(1)), X4, Y4, np.ones(4)),
             "takes no sample weights",
         ),
     ],
