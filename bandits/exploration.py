@@ -25,7 +25,12 @@ def greedy(scores: FloatArray, eligible: BoolArray | None) -> FloatArray:
 
 def epsilon_greedy(scores: FloatArray, eligible: BoolArray | None, epsilon: float) -> FloatArray:
     """(1 - ε) on the highest score, ε spread evenly over the eligible actions."""
-    return with_floor(greedy(scores, eligible), eligible, epsilon)
+    n, k = scores.shape
+    share = epsilon / _count(eligible, k)
+    vectors = np.zeros((n, k))
+    vectors += share if eligible is None else eligible * share
+    vectors[np.arange(n), _masked(scores, eligible).argmax(axis=1)] += 1 - epsilon
+    return vectors
 
 
 def uniform(eligible: BoolArray) -> FloatArray:
