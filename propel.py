@@ -180,7 +180,6 @@ def compare(
         from pipelines.frame import ColumnMap
         from pipelines.importers import read_log
 
-        chosen = learners_named(_split(learners))
         columns = ColumnMap(
             action=action,
             reward=reward,
@@ -193,6 +192,7 @@ def compare(
             labels=tuple(_split(labels) or ()),
         )
         read = read_log(log, columns, k=actions)
+        chosen = learners_named(_split(learners), float(read.data.reward.min()))
         with _progress("Learning", len(chosen)) as advance:
             reports = compare_learners(read.data, chosen, k=read.width(actions), seed=seed, progress=advance)
     if as_json:

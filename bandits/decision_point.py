@@ -59,8 +59,9 @@ class RewardRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         check_id("name", self.name)
-        if not (math.isfinite(self.window_seconds) and math.isfinite(self.clock_tolerance_seconds)):
-            raise ValueError(f"window_seconds: found {self.window_seconds}; expected a finite number of seconds")
+        for key in ("window_seconds", "clock_tolerance_seconds"):
+            if not math.isfinite(getattr(self, key)):
+                raise ValueError(f"{key}: found {getattr(self, key)}; expected a finite number of seconds")
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ValueError(f"low, high: found {self.low}, {self.high}; expected finite numbers, the first smaller")
         if self.default is not None and not self.low <= self.default <= self.high:
@@ -68,7 +69,7 @@ class RewardRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def check(self, value: float) -> float:
         """The value. Raises InputError where it lies outside the declared range or is no number."""
-        if not self.low <= value <= self.high:
+        if type(value) not in (int, float) or not self.low <= value <= self.high:
             raise InputError(f"reward {self.name!r}: found {value}; expected a number within [{self.low:g}, {self.high:g}]")
         return value
 

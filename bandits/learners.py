@@ -74,7 +74,10 @@ class BanditNet:
 
 @dataclass(frozen=True, slots=True)
 class POEM:
-    """Σ min(w, clip)·r / n less λ standard errors of it, λ chosen by held-out SNIPS. Swaminathan & Joachims 2015."""
+    """Σ min(w, clip)·r / n less λ standard errors of it, λ chosen by held-out SNIPS. Swaminathan & Joachims 2015.
+
+    The standard error takes rows as independent, whatever their clusters.
+    """
 
     clip: float = 20.0
     penalties: tuple[float, ...] = (0.0, 0.1, 1.0, 3.0)
@@ -109,7 +112,7 @@ class LSLin:
         """A softmax-linear policy. Raises InputError for a negative reward."""
         if data.reward.min() < 0:
             raise InputError(
-                f"found a reward of {data.reward.min():g}; logarithmic smoothing expects rewards of at least 0: shift them"
+                f"LS-LIN: found a reward of {data.reward.min():g}; logarithmic smoothing expects rewards of at least 0: shift them"
             )
         rows = data.n if data.sample_weight is None else float(data.sample_weight.sum())
         smoothing = 1 / np.sqrt(rows) if self.smoothing is None else self.smoothing
@@ -135,7 +138,10 @@ class DR:
 
 @dataclass(frozen=True, slots=True)
 class Pessimistic:
-    """Maximises the doubly robust value less z standard errors: prefers what the log knows. Jin et al. 2021."""
+    """Maximises the doubly robust value less z standard errors: prefers what the log knows. Jin et al. 2021.
+
+    The standard error takes rows as independent, whatever their clusters.
+    """
 
     z: float = 1.645
     l2: float = 1.0
@@ -193,6 +199,8 @@ def fit_scorer(oracle: BoostedTrees | None, data: LoggedData, k: int) -> Scorer:
         problem, scorer = problem_of(data, k, data.reward)
         linear = scorer(regression_direction(problem, data.reward))
         return replace(linear, bias=linear.bias + np.average(data.reward, weights=data.sample_weight))
+    if not isinstance(oracle, BoostedTrees):
+        raise InputError(f"found a {type(oracle).__name__}; expected BoostedTrees, or None for ridge: other models have no scorer")
     batch = DecisionBatch.of_log(data, k)
     logged = logged_features(batch, data)
     fitted: Any = clone(oracle).fit(logged, data.reward, sample_weight=data.sample_weight)

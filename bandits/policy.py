@@ -15,7 +15,7 @@ import numpy as np
 from bandits import exploration
 from bandits.batch import DecisionBatch
 from bandits.posteriors import BayesianLinear, BetaBernoulli
-from bandits.scorers import Scorer
+from bandits.scorers import Scorer, frozen
 from ope.data import FloatArray, InputError
 
 
@@ -150,7 +150,7 @@ class Thompson:
             if batch.full:
                 return np.repeat(exploration.winning_share(sampled[:, None, :], None), len(batch), axis=0)
             return _by_rows(batch, lambda part: np.repeat(sampled[:, None, :], len(part), axis=1), self.draws)
-        return _by_rows(batch, lambda part: np.moveaxis(part.action_features @ sampled.T, 2, 0), self.draws)
+        return _by_rows(batch, lambda part: np.vecdot(part.action_features, sampled[:, None, None, :]), self.draws)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,6 +179,10 @@ class Bagging:
 
     scorers: tuple[Scorer, ...]
     kind: ClassVar[str] = "bagging"
+
+    def __post_init__(self) -> None:
+        if not self.scorers:
+            raise InputError("found no scorers; expected at least one")
 
     def propensities(self, batch: DecisionBatch) -> FloatArray:
         """(n, k)"""
@@ -228,6 +232,9 @@ class Cap:
     high: FloatArray
     """(k,), or (1,) for one cap on all"""
     kind: ClassVar[str] = "cap"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "high", frozen(self.high))
 
     def propensities(self, batch: DecisionBatch) -> FloatArray:
         """(n, k). Raises InputError where the caps of the eligible actions sum to less than 1."""

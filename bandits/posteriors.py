@@ -196,8 +196,9 @@ class BayesianLinear:
         x = np.asarray(features, dtype=np.float64)
         if x.shape[-1:] != self.shift.shape:
             raise InputError(f"features: found shape {x.shape}; expected (..., {len(self.shift)})")
-        spread = np.linalg.solve(self._root(), x.reshape(-1, len(self.shift)).T)  # L⁻¹x, whose squared length is x'Λ⁻¹x
-        return x @ self.mean(), np.square(spread).sum(axis=0).reshape(x.shape[:-1])
+        # a dot product for each number, so that a row's bits do not depend on the rows around it
+        spread = np.vecdot(x[..., None, :], np.linalg.inv(self._root()))  # L⁻¹x, whose squared length is x'Λ⁻¹x
+        return np.vecdot(x, self.mean()), np.vecdot(spread, spread)
 
     def sample(self, rng: np.random.Generator, draws: int) -> FloatArray:
         """Independent draws of all coefficients (draws, d): Λ⁻¹b + L⁻ᵀz with Λ = LLᵀ and standard Normal z."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -28,7 +28,7 @@ class Salt:
     """The secret of one seed epoch. Without it nobody can choose an id that draws a wanted action; with it every draw replays."""
 
     epoch: int
-    key: bytes
+    key: bytes = field(repr=False)
 
     def __post_init__(self) -> None:
         if not 16 <= len(self.key) <= 64:
@@ -51,7 +51,7 @@ def quantise(vector: Sequence[float], *, explore: bool = True) -> list[int]:
     least = 1 if explore else 0
     try:
         shares = [int(p * TOTAL) or least for p in vector]
-    except (ValueError, OverflowError):  # NaN, infinity
+    except (ValueError, OverflowError, TypeError):  # NaN, infinity, no number
         shares = []
     left = TOTAL - sum(shares)
     if not shares or min(shares) < 0 or abs(left) > SLACK + len(shares):

@@ -25,6 +25,13 @@ class Scorer(Protocol):
         ...
 
 
+def frozen(values: FloatArray, order: Literal["C", "F"] = "C") -> FloatArray:
+    """A read-only copy of its own strides: others would add in another order, and a policy never changes."""
+    copy = np.array(values, dtype=np.float64, order=order)
+    copy.setflags(write=False)
+    return copy
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Linear:
     """bias_a + x·W_a + φ(x, a)·u, as it is or through the logistic function."""
@@ -41,9 +48,9 @@ class Linear:
     def __post_init__(self) -> None:
         if self.link not in ("identity", "logistic"):
             raise InputError(f"found link={self.link!r}; expected 'identity' or 'logistic'")
-        for name in ("bias", "action_weights"):  # other strides would sum in another order
-            object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=np.float64))
-        object.__setattr__(self, "context_weights", np.asfortranarray(self.context_weights, dtype=np.float64))
+        for name in ("bias", "action_weights"):
+            object.__setattr__(self, name, frozen(getattr(self, name)))
+        object.__setattr__(self, "context_weights", frozen(self.context_weights, order="F"))
 
     def scores(self, batch: DecisionBatch) -> FloatArray:
         """Scores (n, k). Raises InputError where the batch has other features or actions than the weights."""

@@ -13,6 +13,9 @@ FloatArray: TypeAlias = NDArray[np.float64]
 IntArray: TypeAlias = NDArray[np.int64]
 BoolArray: TypeAlias = NDArray[np.bool_]
 
+LARGEST = 1e100
+"""Numbers beyond this are mistakes: their squares would no longer add."""
+
 SUM_TOLERANCE = 1e-6
 """How far from one the probabilities of a row may sum: float32 vectors pass, forgotten actions do not."""
 
@@ -214,11 +217,11 @@ def checked_width(column: str, action: IntArray, k: int) -> None:
 def checked_finite(column: str, values: ArrayLike, shape: tuple[int | None, ...], remedy: str) -> FloatArray:
     """Finite numbers of this shape, below 1e100 in size so that their squares add. Raises DataError at the first other."""
     array = _floats(column, values, shape)
-    if not np.vdot(array, array) < 1e200:  # one product finds NaN, infinity and 1e100 anywhere; only then look for where
-        good = np.abs(array) < 1e100
+    if not np.vdot(array, array) < LARGEST**2:  # one product finds NaN, infinity and 1e100 anywhere; only then look for where
+        good = np.abs(array) < LARGEST
         if not good.all():
             place = tuple(int(i) for i in np.argwhere(~good)[0])
-            raise DataError(column, f"{array[place]}", "a finite number", remedy, row=place[0])
+            raise DataError(column, f"{array[place]}", f"a finite number below {LARGEST:g} in size", remedy, row=place[0])
     return array
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from bandits.batch import DecisionBatch
-from bandits.learners import LEARNERS, Learner, fit_scorer, label
+from bandits.learners import LEARNERS, Learner, LSLin, fit_scorer, label
 from bandits.policy import Policy, Uniform
 from ope import Report, evaluate
 from ope.data import FloatArray, InputError, LoggedData
@@ -50,10 +50,14 @@ def report_on(
     return evaluate(data, policy.propensities(batch), q, baseline="logging", estimators=estimators)
 
 
-def learners_named(names: Sequence[str] | None) -> dict[str, Learner]:
-    """Learners by their labels; all of them for None. Raises InputError that lists the labels."""
+def learners_named(names: Sequence[str] | None, lowest_reward: float) -> dict[str, Learner]:
+    """Learners by their labels; for None all that can learn from such rewards. Raises InputError that lists the labels."""
     known = {label(learner): learner for learner in LEARNERS}
     for name in names or ():
         if name not in known:
             raise InputError(f"unknown learner {name!r}; expected one of {', '.join(known)}")
-    return {name: known[name] for name in names} if names else known
+    if names is not None and not names:
+        raise InputError(f"found no learner; expected some of {', '.join(known)}")
+    if names is None:
+        return {name: one for name, one in known.items() if lowest_reward >= 0 or name != LSLin.name}
+    return {name: known[name] for name in names}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ope.data import BoolArray, DataError, FloatArray, IntArray, LoggedData
+from ope.data import LARGEST, BoolArray, DataError, FloatArray, IntArray, LoggedData
 
 MAX_ACTIONS = 1_000_000
 """An index beyond this is an identifier."""
@@ -72,6 +72,7 @@ def to_log(frame: pl.DataFrame, columns: ColumnMap, source: str, *, k: int | Non
     require_columns(frame.columns, [*named.values(), *columns.context], source)
     if frame.height == 0:
         raise DataError("", "an empty log", "at least one row", "Check the filter or the date that wrote it.", source=source)
+    _reject_leaks(columns, source)
     try:
         action, labels = _actions(frame[columns.action], columns.labels)
         ordered = labels is None or bool(columns.labels)
@@ -95,6 +96,19 @@ def to_log(frame: pl.DataFrame, columns: ColumnMap, source: str, *, k: int | Non
         return Log(LoggedData(**arrays, propensity_estimated=estimated), frame, source, labels, ordered)
     except DataError as error:
         raise error.located(source, named) from None
+
+
+def _reject_leaks(columns: ColumnMap, source: str) -> None:
+    """Raise DataError for a context that holds what happened, or one column twice."""
+    taken = {column: name for name, column in columns.named().items() if name != "cluster"}
+    for place, name in enumerate(columns.context):
+        if name in taken:
+            remedy = "A policy decides before these are known: leave it out of the context."
+            raise DataError(
+                name, f"the {taken[name]} column in the context", "columns known before the decision", remedy, source=source
+            )
+        if name in columns.context[:place]:
+            raise DataError(name, "the same column twice in the context", "each column once", "Name it once.", source=source)
 
 
 def require_columns(there: Sequence[str], wanted: Sequence[str], source: str) -> None:
@@ -172,9 +186,15 @@ def design_matrix(frame: pl.DataFrame, names: Sequence[str]) -> FloatArray:
         column = frame[name]
         if column.dtype.is_numeric():
             values = numbers(name, column)
-            if not np.isfinite(values).all():
-                row = int(np.argmin(np.isfinite(values)))
-                raise DataError(name, f"{values[row]}", "a finite number", "Fill or drop it before evaluating.", row=row)
+            if not (np.abs(values) < LARGEST).all():
+                row = int(np.argmin(np.abs(values) < LARGEST))
+                raise DataError(
+                    name,
+                    f"{values[row]}",
+                    f"a finite number below {LARGEST:g} in size",
+                    "Fill or drop it before evaluating.",
+                    row=row,
+                )
             blocks.append(values[:, None])
             continue
         _reject_nested(name, column)

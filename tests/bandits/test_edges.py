@@ -8,6 +8,7 @@ import math
 import msgspec
 import numpy as np
 import pytest
+from scipy.stats import power_divergence
 
 from bandits import exploration
 from bandits.batch import DecisionBatch
@@ -15,9 +16,9 @@ from bandits.decision_point import parse_decision_point
 from bandits.events import Decision, canonical
 from bandits.features import FeatureSchema, Number
 from bandits.forms import Form, from_bytes, from_form, to_bytes, to_form
-from bandits.policy import Bagging, FastCB, InverseGap, Mixture, Softmax, Thompson, Uniform
-from bandits.posteriors import BetaBernoulli
-from bandits.sampling import TOTAL, quantise, quantise_rows
+from bandits.policy import UCB, Bagging, FastCB, InverseGap, Mixture, Softmax, Thompson, Uniform
+from bandits.posteriors import BayesianLinear, BetaBernoulli
+from bandits.sampling import TOTAL, Salt, quantise, quantise_rows
 from bandits.scorers import Linear
 from ope.data import InputError
 
@@ -155,3 +156,38 @@ def test_a_decision_checks_itself_however_it_is_made(change: dict[str, object], 
     assert Decision(**good).propensity == 1  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=said):
         Decision(**(good | change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [Thompson, UCB])
+def test_twins_in_a_padded_set_get_the_same_bits_as_alone(kind: type[Thompson] | type[UCB]) -> None:
+    rng = np.random.default_rng(3)
+    posterior = BayesianLinear.prior(20).update(rng.normal(size=(300, 20)), rng.normal(size=300))
+    features = rng.normal(size=(60, 9, 20))
+    features[:, 4] = features[:, 0]  # two actions alike: the last bit decides who wins
+    policy = kind(posterior)
+    padded = policy.propensities(DecisionBatch.of(None, np.tile(np.arange(9) < 5, (60, 1)), features))
+    for row in range(60):
+        own = policy.propensities(DecisionBatch.of(None, np.ones((1, 5), dtype=bool), features[row : row + 1, :5]))
+        assert own.tobytes() == padded[row, :5].tobytes()
+
+
+def test_a_policy_never_changes_with_the_arrays_it_was_made_of() -> None:
+    bias = np.zeros(3)
+    scorer = Linear(bias, np.empty((0, 0)), np.empty(0))
+    bias[0] = 5.0
+    assert scorer.bias.tolist() == [0.0, 0.0, 0.0]
+    assert not scorer.bias.flags.writeable
+
+
+def test_a_salt_does_not_show_its_key() -> None:
+    assert "secret" not in repr(Salt(1, b"secret, and long enough"))
+
+
+def test_ten_million_draws_follow_the_shares() -> None:
+    salt, shares = Salt(3, b"0123456789abcdef"), quantise([0.4, 0.3, 0.15, 0.1, 0.04, 0.01])
+    counts = np.zeros(6, dtype=np.int64)
+    for start in range(0, 10_000_000, 500_000):
+        drawn = np.fromiter((salt.uniform("t", f"d{i}") for i in range(start, start + 500_000)), dtype=np.int64, count=500_000)
+        counts += np.bincount(np.searchsorted(np.cumsum(shares), drawn, side="right"), minlength=6)
+    test = power_divergence(counts, np.array(shares) / TOTAL * 10_000_000, lambda_="log-likelihood")
+    assert test.pvalue > 1e-3

@@ -88,3 +88,17 @@ def test_negative_rewards_say_why_log_smoothing_cannot_learn(write_log: Any) -> 
     result = compare(write_log(reward=list(np.linspace(-1, 1, 500))), "--learners", "LS-LIN")
     assert result.exit_code == 2
     assert "logarithmic smoothing expects rewards of at least 0" in result.stderr
+
+
+def test_without_names_only_learners_that_can_are_run(write_log: Any) -> None:
+    result = compare(write_log(reward=list(np.linspace(-1, 1, 500))))
+    assert result.exit_code == 0
+    assert "POEM" in result.stdout
+    assert "LS-LIN" not in result.stdout
+
+
+@pytest.mark.parametrize("context", ["reward", "x,propensity", "x,x"])
+def test_what_is_only_known_afterwards_is_no_context(write_log: Any, context: str) -> None:
+    result = CliRunner().invoke(app, ["policy", "compare", "--log", str(write_log()), "--context", context])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "in the context" in result.stderr
