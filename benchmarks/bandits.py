@@ -67,6 +67,14 @@ def deciding() -> None:
         lines = [f"|a {' '.join(f'{name}:{value:.6f}' for name, value in fields.items())}" for fields in request[0]]
         show("vw decide from text", cpu_us=microseconds(lambda: vw.predict(lines), 500))
         show("vw decide, parsed", cpu_us=microseconds(lambda: vw.predict(vw.parse(lines)), 500))
+    if importlib.util.find_spec("mabwiser"):
+        from mabwiser.mab import MAB, LearningPolicy
+
+        arms = list(range(ACTIONS))
+        mab = MAB(arms, LearningPolicy.LinUCB(alpha=1.0))
+        mab.fit(rng.integers(0, ACTIONS, 2000), rng.random(2000), rng.normal(size=(2000, FEATURES)))
+        context = rng.normal(size=(1, FEATURES))
+        show("mabwiser LinUCB decide", cpu_us=microseconds(lambda: mab.predict(context), 200))
 
 
 def learning(rounds: int) -> None:
@@ -80,18 +88,20 @@ def learning(rounds: int) -> None:
         part = test.rows(slice(0, rows))
         return float((propensities(part) * world.q(part.context)).sum(axis=1).mean())
 
-    for learner in (IPS(l2=0.1, iterations=5), DR(l2=0.1, iterations=5)):
+    for learner in (IPS(l2=0.1, iterations=5), DR(l2=0.1, iterations=5), IPS(), DR()):
         start = time.process_time()
         policy = learner.fit(data, k=ACTIONS)
         cpu = time.process_time() - start
-        show(f"learn {learner.name}", cpu_s=cpu, rounds_per_cpu_s=rounds / cpu, value=value(policy.propensities))
+        values = {"value": value(policy.propensities), "value_on_3000": value(policy.propensities, 3000)}
+        name = f"learn {learner.name}, l2 {learner.l2:g}, {learner.iterations} steps"
+        show(name, cpu_s=cpu, rounds_per_cpu_s=rounds / cpu, **values)
     if importlib.util.find_spec("vowpalwabbit"):
         vw_learning(data, min(rounds, 200_000), value)
     trees(data)
 
 
 def vw_learning(data: LoggedData, rounds: int, value: Callable[..., float]) -> None:
-    """VW's cb_adf on examples that were parsed before the clock starts; its weights are read back as a linear policy."""
+    """VW's cb_adf on examples that were parsed before the clock starts; valued on 3,000 contexts."""
     for kind in ("ips", "mtr", "dr"):
         vw: Any = _workspace(f"--cb_explore_adf --epsilon 0 --cb_type {kind} -q sa")
         cpu = 0.0
@@ -116,15 +126,18 @@ def trees(data: LoggedData) -> None:
     """Our oracle against LightGBM called bare, with the same settings, on the same matrix."""
     import lightgbm
 
-    rows = data.take(slice(0, 200_000))
     oracle = BoostedTrees()
     start = time.process_time()
-    fit_scorer(oracle, rows, ACTIONS)
+    fit_scorer(oracle, data, ACTIONS)
     ours = time.process_time() - start
-    features = logged_features(DecisionBatch.of_log(rows, ACTIONS), rows)
-    settings = {"num_leaves": 31, "num_threads": 1, "verbosity": -1, "deterministic": True, "force_row_wise": True}
+    features = logged_features(DecisionBatch.of_log(data, ACTIONS), data)
+    settings = {
+        "objective": "regression", "num_leaves": 31, "learning_rate": 0.1, "num_threads": 1, "verbosity": -1, "seed": 0,
+        "deterministic": True, "force_row_wise": True, "min_data_in_leaf": 0, "min_data_in_bin": 1, "feature_pre_filter": False,
+        "min_sum_hessian_in_leaf": oracle.min_leaf * (1 - 1e-5),
+    }  # fmt: skip
     start = time.process_time()
-    lightgbm.train(settings | {"objective": "regression"}, lightgbm.Dataset(features, rows.reward), oracle.trees)
+    lightgbm.train(settings, lightgbm.Dataset(features, data.reward, params=settings), oracle.trees)
     bare = time.process_time() - start
     show("boosted oracle", cpu_s=ours, bare_cpu_s=bare, ratio=ours / bare, bound_ratio=1.3)
 
