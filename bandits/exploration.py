@@ -74,8 +74,10 @@ def fast_cb(losses: FloatArray, eligible: BoolArray | None, gamma: float) -> Flo
 
 def falcon_gamma(k: int, rows: int, *, c: float = 1.0, class_size: float = math.e, delta: float = 0.05) -> float:
     """γ = c·sqrt(K·n / log(|F|·n / δ)) for the generation after `rows` rows. FALCON, Simchi-Levi & Xu 2020."""
-    if rows < 1 or k < 1:
-        raise InputError(f"found k={k}, rows={rows}; expected at least one of each")
+    if rows < 1 or k < 1 or not 0 < delta < class_size * rows:
+        raise InputError(
+            f"found k={k}, rows={rows}, delta={delta}; expected at least one of each, and delta in (0, class_size·rows)"
+        )
     return c * math.sqrt(k * rows / math.log(class_size * rows / delta))
 
 

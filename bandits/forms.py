@@ -31,8 +31,11 @@ KINDS: dict[str, type[Any]] = {
 }
 """Everything that a form may name."""
 
-PARTS = frozenset(("scorer", "scorers", "guard", "policy", "policies", "posterior"))
-"""Settings that are parts themselves."""
+PARTS = {
+    "scorer": "scores", "scorers": "scores", "guard": "scores",
+    "policy": "propensities", "policies": "propensities", "posterior": "sample",
+}  # fmt: skip
+"""Settings that are parts themselves, and what such a part must be able to do."""
 
 _NAMES = {kind: name for name, kind in KINDS.items()}
 
@@ -108,9 +111,9 @@ def _decode(value: Any, place: str, arrays: Mapping[str, NDArray[Any]]) -> Any:
     known = {f.name for f in fields(kind)}
     if settings.keys() - known:
         raise InputError(f"{place}: found setting {min(settings.keys() - known)!r}; expected {', '.join(sorted(known))}")
-    for name in PARTS & settings.keys():
+    for name in PARTS.keys() & settings.keys():
         parts = settings[name] if isinstance(settings[name], tuple) else (settings[name],)
-        if not parts or not all(is_dataclass(part) for part in parts):
+        if not parts or not all(hasattr(part, PARTS[name]) for part in parts):
             raise InputError(f"{place}.{name}: found {value[name]!r}; expected a part with a kind")
     try:
         return kind(**settings)

@@ -243,7 +243,10 @@ class Cap:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GuardRail:
-    """Only actions whose guarded metric is predicted to be at least `low`; where none is, the one predicted highest."""
+    """Only actions whose guarded metric is predicted to be at least `low`; where none is, the one predicted highest.
+
+    Put it outermost: a `Floor` around it would give the others their share back.
+    """
 
     policy: Policy
     guard: Scorer

@@ -118,7 +118,7 @@ def vw_learning(data: LoggedData, rounds: int, value: Callable[..., float]) -> N
             cpu_s=cpu,
             rounds_per_cpu_s=rounds / cpu,
             rounds=rounds,
-            value=value(lambda batch, vw=vw: _predicted(vw, batch), 3000),
+            value_on_3000=value(lambda batch, vw=vw: _predicted(vw, batch), 3000),
         )
 
 

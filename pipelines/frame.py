@@ -198,6 +198,7 @@ def design_matrix(frame: pl.DataFrame, names: Sequence[str]) -> FloatArray:
             blocks.append(values[:, None])
             continue
         _reject_nested(name, column)
+        _reject_stray_text(name, column)
         levels = column.cast(pl.String).fill_null("(missing)")
         known = levels.unique().sort()
         if len(known) > MAX_LEVELS:
@@ -297,6 +298,16 @@ def _is_entry(item: Any, inner: Any) -> bool:
 def _reject_nested(name: str, column: pl.Series) -> None:
     if column.dtype.is_nested():
         raise DataError(name, f"{column.dtype} values", "one number or text per row", "Unnest the column, or map another one.")
+
+
+def _reject_stray_text(name: str, column: pl.Series) -> None:
+    """Raise DataError where a text column is one of numbers but for a few cells: a typo must not turn it into categories."""
+    if column.dtype != pl.String:
+        return
+    stray = column.is_not_null() & column.cast(pl.Float64, strict=False).is_null()
+    if 0 < int(stray.sum()) < len(column) / 2:
+        row = int(stray.arg_max() or 0)
+        raise DataError(name, f"{column[row]!r} among numbers", "numbers, or texts", "Clean the cell, or leave it empty.", row=row)
 
 
 def _starts_a_list(column: pl.Series) -> bool:

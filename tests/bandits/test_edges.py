@@ -96,6 +96,8 @@ def test_a_posterior_over_other_actions_is_refused() -> None:
         (lambda schema: exploration.with_cap(np.array([[0.5, 0.5]]), None, np.ones(3)), "or 2 of them"),
         (lambda schema: from_form(Form({"kind": [1]}, {})), "found kind"),
         (lambda schema: from_form(Form({"kind": "greedy", "scorer": 5}, {})), "expected a part with a kind"),
+        (lambda schema: from_form(Form({"kind": "greedy", "scorer": {"kind": "uniform"}}, {})), "expected a part with a kind"),
+        (lambda schema: exploration.falcon_gamma(10, 100, delta=0.0), "delta in"),
         (lambda schema: from_form(Form({"kind": "cap", "high": {"array": ["x"]}}, {})), "found no array"),
         (lambda schema: canonical({"x": [b"bytes"]}), r"x\[0\]: found a bytes"),
         (lambda schema: canonical({"x": "\ud800"}), "JSON does not have"),

@@ -48,6 +48,13 @@ CASES = [
         ["'policy'", "row 1", "ineligible action 2"],
     ),
     ("context NaN", {"x": {14: math.nan}}, "policy", ("--context", "x"), ["'x'", "row 14 (counted from 0)", "finite"]),
+    (
+        "a text among numbers",
+        {"x": ["0.5"] * 20 + ["n/a"] + ["1.5"] * 479},
+        "policy",
+        ("--context", "x"),
+        ["'x'", "row 20", "'n/a'"],
+    ),
     ("context of lists", {}, "policy", ("--context", "eligible"), ["'eligible'", "List", "one number or text per row"]),
     ("action of lists", {}, "uniform", ("--action", "policy"), ["'policy'", "one number or text per row"]),
     ("cluster of lists", {}, "uniform", ("--cluster", "policy"), ["'policy'", "one number or text per row"]),
