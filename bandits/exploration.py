@@ -25,11 +25,15 @@ def greedy(scores: FloatArray, eligible: BoolArray | None) -> FloatArray:
 
 def epsilon_greedy(scores: FloatArray, eligible: BoolArray | None, epsilon: float) -> FloatArray:
     """(1 - ε) on the highest score, ε spread evenly over the eligible actions."""
-    n, k = scores.shape
-    share = epsilon / _count(eligible, k)
-    vectors = np.zeros((n, k))
-    vectors += share if eligible is None else eligible * share
-    vectors[np.arange(n), _masked(scores, eligible).argmax(axis=1)] += 1 - epsilon
+    masked, vectors = _masked(scores, eligible), np.empty(scores.shape)
+    if eligible is None:
+        vectors.fill(epsilon / scores.shape[1])
+    else:
+        np.multiply(eligible, epsilon / _count(eligible, scores.shape[1]), out=vectors)
+    if len(vectors) == 1:  # one request online: two index arrays would cost as much as the rest together
+        vectors[0, masked.argmax()] += 1 - epsilon
+    else:
+        vectors[np.arange(len(vectors)), masked.argmax(axis=1)] += 1 - epsilon
     return vectors
 
 

@@ -6,7 +6,7 @@ A schema is part of every artifact: names, types, levels, what is missing and wh
 from __future__ import annotations
 
 import hashlib
-from array import array
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import chain, product, takewhile
@@ -297,18 +297,17 @@ def _plain(rows: Sequence[Fields], plan: _Plan, what: str) -> FloatArray:
             if fields:
                 raise _unknown(fields, plan, row, what)
         return np.empty((len(rows), 0))
-    size = len(plan.plain)
-    for row, fields in enumerate(rows):
-        if len(fields) != size:
-            _reject_bad_numbers([fields], plan, what, row)
-            raise _unknown(fields, plan, row, what)
+    if {len(plan.plain)} != set(map(len, rows)):
+        row = next(row for row, fields in enumerate(rows) if len(fields) != len(plan.plain))
+        _reject_bad_numbers([rows[row]], plan, what, row)
+        raise _unknown(rows[row], plan, row, what)
     try:
-        read = list(map(plan.read_plain, rows))
-        numbers = np.frombuffer(array("d", chain.from_iterable(read)))  # twice as fast as np.array of a list
-    except (KeyError, TypeError, OverflowError):
+        values = list(chain.from_iterable(map(plan.read_plain, rows)))
+        numbers = np.frombuffer(struct.pack(f"{len(values)}d", *values))  # four times as fast as np.array of a list
+    except (KeyError, struct.error, OverflowError):
         _reject_bad_numbers(rows, plan, what)
         raise
-    if not (NUMBERS.issuperset(map(type, chain.from_iterable(read))) and np.vdot(numbers, numbers) < LARGEST**2):
+    if not (NUMBERS.issuperset(map(type, values)) and np.vdot(numbers, numbers) < LARGEST**2):
         _reject_bad_numbers(rows, plan, what)
     return numbers.reshape(len(rows), -1)
 
