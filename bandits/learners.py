@@ -40,7 +40,7 @@ class Learner(Protocol):
 class IPS:
     """Softmax-linear policy that maximises Σ π(a_i|x_i)/p_i·r_i / n - penalty. Strehl et al. 2010."""
 
-    l2: float = 1.0
+    l2: float = 0.1
     """Penalty l2/(2n)·|θ|², rewards in units of their spread, features standardised."""
     iterations: int = 60
     name: ClassVar[str] = "IPS"
@@ -56,7 +56,7 @@ class BanditNet:
 
     shifts: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """λ as shares of the way from the smallest to the largest reward."""
-    l2: float = 1.0
+    l2: float = 0.1
     iterations: int = 60
     name: ClassVar[str] = "BanditNet"
 
@@ -81,7 +81,7 @@ class POEM:
 
     clip: float = 20.0
     penalties: tuple[float, ...] = (0.0, 0.1, 1.0, 3.0)
-    l2: float = 1.0
+    l2: float = 0.1
     iterations: int = 60
     name: ClassVar[str] = "POEM"
 
@@ -125,7 +125,7 @@ class LSLin:
 class DR:
     """Softmax-linear policy that maximises the doubly robust value, with a cross-fitted ridge regression of the reward."""
 
-    l2: float = 1.0
+    l2: float = 0.1
     iterations: int = 60
     folds: int = 3
     name: ClassVar[str] = "DR"
@@ -144,7 +144,7 @@ class Pessimistic:
     """
 
     z: float = 1.645
-    l2: float = 1.0
+    l2: float = 0.1
     iterations: int = 60
     folds: int = 3
     name: ClassVar[str] = "pessimistic"

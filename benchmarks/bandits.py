@@ -88,12 +88,12 @@ def learning(rounds: int) -> None:
         part = test.rows(slice(0, rows))
         return float((propensities(part) * world.q(part.context)).sum(axis=1).mean())
 
-    for learner in (IPS(l2=0.1, iterations=5), DR(l2=0.1, iterations=5), IPS(), DR()):
+    for learner in (IPS(), DR()):
         start = time.process_time()
         policy = learner.fit(data, k=ACTIONS)
         cpu = time.process_time() - start
         values = {"value": value(policy.propensities), "value_on_3000": value(policy.propensities, 3000)}
-        name = f"learn {learner.name}, l2 {learner.l2:g}, {learner.iterations} steps"
+        name = f"learn {learner.name}"
         show(name, cpu_s=cpu, rounds_per_cpu_s=rounds / cpu, **values)
     if importlib.util.find_spec("vowpalwabbit"):
         vw_learning(data, min(rounds, 200_000), value)
