@@ -20,7 +20,6 @@ from bandits.scorers import Scorer, Trees
 from bandits.softmax_linear import Objective, lower_bound, maximise, mean_value, problem_of, regression_direction
 from ope import evaluate
 from ope.data import FloatArray, InputError, LoggedData, assign_folds
-from ope.primitives.weights import effective_sample_size
 
 HELD_OUT = 4
 """One fold of this many is kept to choose a setting by its SNIPS value."""
@@ -74,10 +73,7 @@ class BanditNet:
 
 @dataclass(frozen=True, slots=True)
 class POEM:
-    """Σ min(w, clip)·r / n less λ standard errors of it, λ chosen by held-out SNIPS. Swaminathan & Joachims 2015.
-
-    The standard error takes rows as independent, whatever their clusters.
-    """
+    """Σ min(w, clip)·r / n less λ standard errors of it, λ chosen by held-out SNIPS. Swaminathan & Joachims 2015."""
 
     clip: float = 20.0
     penalties: tuple[float, ...] = (0.0, 0.1, 1.0, 3.0)
@@ -90,7 +86,7 @@ class POEM:
         width = _width(data, k)
 
         def fit(part: LoggedData, penalty: float) -> Policy:
-            objective = lower_bound(penalty, _effective_rows(part)) if penalty else mean_value
+            objective = lower_bound(penalty) if penalty else mean_value
             return _softmax_linear(part, width, part.reward, None, objective, self.l2, self.iterations, self.clip)
 
         return fit(data, _chosen(self.penalties, fit, data, k, seed))
@@ -138,10 +134,7 @@ class DR:
 
 @dataclass(frozen=True, slots=True)
 class Pessimistic:
-    """Maximises the doubly robust value less z standard errors: prefers what the log knows. Jin et al. 2021.
-
-    The standard error takes rows as independent, whatever their clusters.
-    """
+    """Maximises the doubly robust value less z standard errors: prefers what the log knows. Jin et al. 2021."""
 
     z: float = 1.645
     l2: float = 0.1
@@ -152,7 +145,7 @@ class Pessimistic:
     def fit(self, data: LoggedData, *, k: int | None = None, seed: int = 0) -> Policy:
         """A softmax-linear policy."""
         q = cross_fitted_ridge(data, _width(data, k), self.folds, seed)
-        return _softmax_linear(data, k, data.reward, q, lower_bound(self.z, _effective_rows(data)), self.l2, self.iterations)
+        return _softmax_linear(data, k, data.reward, q, lower_bound(self.z), self.l2, self.iterations)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +256,3 @@ def _spread(data: LoggedData) -> float:
         return 1.0
     centre = np.average(data.reward, weights=data.sample_weight)
     return float(np.sqrt(np.average((data.reward - centre) ** 2, weights=data.sample_weight)))
-
-
-def _effective_rows(data: LoggedData) -> float:
-    return float(data.n if data.sample_weight is None else effective_sample_size(data.sample_weight))

@@ -1,7 +1,7 @@
 """The value of a softmax-linear policy on a log, with its gradient, as sums over rows. What `learners` maximises.
 
-One pass sums per-row terms t, their squares, and their gradients; every objective is a smooth function of these sums, so one
-pass serves the plain mean and the lower bound alike.
+A pass over the rows gives their terms t, and the sum of their gradients, each times a slope of its own. An objective says what
+the slopes are: the weights themselves for the mean, and for the lower bound what the first pass's terms make of them.
 """
 
 from __future__ import annotations
@@ -36,33 +36,28 @@ PENALTIES = np.array((1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 1e5))
 """Of the regression, in rows of standardised features."""
 
 
-class Sums(NamedTuple):
-    """Weighted means over rows of t, t², ∂t and t·∂t."""
-
-    mean: float
-    square: float
-    gradient: FloatArray
-    square_gradient: FloatArray
+Objective: TypeAlias = Callable[[FloatArray, FloatArray, IntArray | None], tuple[float, FloatArray]]
+"""(terms (n,), weights (n,) summing to 1, clusters (n,)) -> the value to maximise and its derivative by each term (n,)."""
 
 
-Objective: TypeAlias = Callable[[float, float], tuple[float, float, float]]
-"""(mean t, mean t²) -> the value to maximise and its derivatives by either."""
+def mean_value(terms: FloatArray, weight: FloatArray, cluster: IntArray | None) -> tuple[float, FloatArray]:
+    """The weighted mean, whose derivatives are the weights."""
+    return float(weight @ terms), weight
 
 
-def mean_value(mean: float, square: float) -> tuple[float, float, float]:
-    """The mean itself."""
-    return mean, 1.0, 0.0
+def lower_bound(z: float) -> Objective:
+    """mean - z·stderr, where rows of one cluster count as one: stderr² = Σ_c (Σ_{i in c} w_i (t_i - mean))²."""
 
-
-def lower_bound(z: float, n: float) -> Objective:
-    """mean - z·stderr, the spread taken from the same sums; `n` effective rows."""
-
-    def value(mean: float, square: float) -> tuple[float, float, float]:
-        variance = (square - mean * mean) / n
-        if variance <= 0:
-            return mean, 1.0, 0.0
-        stderr = variance**0.5
-        return mean - z * stderr, 1.0 + z * mean / (n * stderr), -z / (2 * n * stderr)
+    def value(terms: FloatArray, weight: FloatArray, cluster: IntArray | None) -> tuple[float, FloatArray]:
+        mean = float(weight @ terms)
+        deviation = weight * (terms - mean)
+        if cluster is not None:
+            deviation = np.bincount(cluster, deviation)
+        stderr = float(np.sqrt(deviation @ deviation))
+        if stderr == 0:
+            return mean, weight
+        each = deviation if cluster is None else deviation[cluster]
+        return mean - z * stderr, weight * (1 - z / stderr * (each - weight @ each))
 
     return value
 
@@ -87,6 +82,8 @@ class Problem:
     """Rows that all of these stand for: the sum of sample weights."""
     k: int
     clip: float = np.inf
+    cluster: IntArray | None = None
+    """(n,) numbered from 0"""
 
     @property
     def size(self) -> int:
@@ -99,39 +96,31 @@ class Problem:
         return Problem(
             self.x[rows], self.action_features[rows], None if self.eligible is None else self.eligible[rows], self.action[rows],
             self.propensity[rows], self.payoff[rows], None if self.q is None else self.q[rows], weight / weight.sum(),
-            self.total * float(weight.sum()), self.k, self.clip,
+            self.total * float(weight.sum()), self.k, self.clip, None if self.cluster is None else self.cluster[rows],
         )  # fmt: skip
 
-    def sums(self, theta: FloatArray, *, squares: bool) -> Sums:
-        """One pass over the rows. Without `squares` the terms of the lower bound are left at 0."""
-        mean = square = 0.0
-        gradient, square_gradient = np.zeros(self.size), np.zeros(self.size)
-        for start in range(0, len(self.action), CHUNK):
+    def terms(self, theta: FloatArray, slope: FloatArray | None = None) -> tuple[FloatArray, FloatArray]:
+        """One pass over the rows: terms t (n,), and the gradient Σ slope_i ∂t_i (size,), 0 without slopes."""
+        terms, gradient = np.empty(len(self.action)), np.zeros(self.size)
+        for start in range(0, len(terms), CHUNK):
             part = slice(start, start + CHUNK)
             policy = self.policy(theta, part)
-            rows, action, weight = np.arange(policy.shape[1]), self.action[part], self.weight[part]
+            rows, action = np.arange(policy.shape[1]), self.action[part]
             ratio = policy[action, rows] / self.propensity[part]
-            terms = np.minimum(ratio, self.clip) * self.payoff[part]
-            pull = np.where(ratio < self.clip, ratio, 0.0) * self.payoff[part]  # π·∂t/∂π of the logged action
-            if self.q is None:
-                step = policy * -pull
-            else:
-                q = self.q[part].T
-                v = np.einsum("kn,kn->n", policy, q)
-                terms = terms + v
-                step = policy * (q - (v + pull))
-            step[action, rows] += pull
-            mean += float(weight @ terms)
-            gradient += self._pull_back(step * weight, part)
-            if squares:
-                square += float(weight @ (terms * terms))
-                square_gradient += self._pull_back(step * (weight * terms), part)
-        return Sums(mean, square, gradient, square_gradient)
+            kept = np.minimum(ratio, self.clip) * self.payoff[part]
+            predicted = 0.0 if self.q is None else np.einsum("kn,kn->n", policy, self.q[part].T)
+            terms[part] = kept + predicted
+            if slope is not None:
+                pull = np.where(ratio < self.clip, ratio, 0.0) * self.payoff[part]  # π·∂t/∂π of the logged action
+                step = policy * ((0.0 if self.q is None else self.q[part].T) - (predicted + pull))
+                step[action, rows] += pull
+                gradient += self._pull_back(step * slope[part], part)
+        return terms, gradient
 
     def stderr(self, theta: FloatArray) -> float:
-        """Standard error of the value, rows taken as independent."""
-        sums = self.sums(theta, squares=True)
-        return float(np.sqrt(max(sums.square - sums.mean**2, 0.0) / self.total))
+        """Standard error of the mean of t."""
+        terms = self.terms(theta)[0]
+        return float(self.weight @ terms) - lower_bound(1.0)(terms, self.weight, self.cluster)[0]
 
     def policy(self, theta: FloatArray, part: slice) -> FloatArray:
         """π(·|x) of some rows, actions first (k, m): a sum over few actions is fast down columns and slow along rows."""
@@ -196,9 +185,12 @@ def _ridge(features: FloatArray, target: FloatArray, weight: FloatArray) -> tupl
 
 def _loss(problem: Problem, objective: Objective, l2: float) -> Callable[[FloatArray], tuple[float, FloatArray]]:
     def loss(theta: FloatArray) -> tuple[float, FloatArray]:
-        sums = problem.sums(theta, squares=objective is not mean_value)
-        value, by_mean, by_square = objective(sums.mean, sums.square)
-        gradient = by_mean * sums.gradient + 2 * by_square * sums.square_gradient
+        if objective is mean_value:  # its slopes are known before the terms: one pass is enough
+            terms, gradient = problem.terms(theta, problem.weight)
+            value = float(problem.weight @ terms)
+        else:
+            value, slope = objective(problem.terms(theta)[0], problem.weight, problem.cluster)
+            _, gradient = problem.terms(theta, slope)
         return l2 / 2 * float(theta @ theta) - value, l2 * theta - gradient
 
     return loss
@@ -249,5 +241,6 @@ def problem_of(
         on_context = weights[:-1] / scaling.scale[:, None]
         return Linear(weights[-1] - scaling.centre @ on_context, on_context, np.empty(0))
 
-    total = float(weight.sum())
-    return Problem(x, features, eligible, data.action, data.propensity, payoff, q, weight / total, total, k, clip), scorer
+    total, cluster = float(weight.sum()), None if data.cluster is None else np.unique(data.cluster, return_inverse=True)[1]
+    share = weight / total
+    return Problem(x, features, eligible, data.action, data.propensity, payoff, q, share, total, k, clip, cluster), scorer

@@ -75,24 +75,24 @@ def test_what_was_climbed_is_what_ope_estimates(learner, extras, climbed):
     data = replace(data, sample_weight=np.linspace(0.5, 2, data.n)) if extras == "weighted" else data
     target = learner.fit(data, k=4, seed=2).propensities(DecisionBatch.of_log(data, 4))
     problem, objective, _, theta = climbed[-1]
-    sums = problem.sums(theta, squares=True)
+    terms = problem.terms(theta)[0]
     q = cross_fitted_ridge(data, 4, 3, 2) if isinstance(learner, DR | Pessimistic) else None
     name = {"IPS": "IPS", "POEM": "cIPS(20)"}.get(learner.name, "DR")
     estimate = evaluate(data, target, q, estimators=(name,))[name]
-    assert sums.mean == pytest.approx(estimate.value, abs=1e-10)
+    assert problem.weight @ terms == pytest.approx(estimate.value, abs=1e-10)
     if isinstance(learner, Pessimistic) and extras != "weighted":  # its standard error divides by n, the estimate's by n - 1
         bound = estimate.value - learner.z * estimate.stderr * np.sqrt((data.n - 1) / data.n)
-        assert objective(sums.mean, sums.square)[0] == pytest.approx(bound, abs=1e-10)
+        assert objective(terms, problem.weight, problem.cluster)[0] == pytest.approx(bound, abs=1e-10)
 
 
 def test_poem_climbs_the_mean_less_its_penalty_times_the_standard_error(climbed):
     data = simulated()
     target = POEM(clip=3.0, penalties=(1.5,)).fit(data, k=4).propensities(DecisionBatch.of_log(data, 4))
     problem, objective, _, theta = climbed[-1]
-    sums = problem.sums(theta, squares=True)
+    terms = problem.terms(theta)[0]
     estimate = evaluate(data, target, estimators=("cIPS(3)",))["cIPS(3)"]
     bound = estimate.value - 1.5 * estimate.stderr * np.sqrt((data.n - 1) / data.n)
-    assert objective(sums.mean, sums.square)[0] == pytest.approx(bound, abs=1e-10)
+    assert objective(terms, problem.weight, problem.cluster)[0] == pytest.approx(bound, abs=1e-10)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
@@ -103,7 +103,7 @@ def test_banditnet_climbs_rewards_less_a_share_of_their_range(share, climbed):
     problem, objective, _, theta = climbed[-1]
     expected = evaluate(replace(data, reward=data.reward - 2 - 3 * share), target, estimators=("IPS",))["IPS"].value
     assert objective is mean_value
-    assert problem.sums(theta, squares=False).mean == pytest.approx(expected, abs=1e-10)
+    assert problem.weight @ problem.terms(theta)[0] == pytest.approx(expected, abs=1e-10)
 
 
 @pytest.mark.parametrize("smoothing", [None, 0.5])
@@ -115,7 +115,7 @@ def test_log_smoothing_climbs_its_linear_form(smoothing, climbed):
     chosen = target[np.arange(data.n), data.action]
     problem, _, l2, theta = climbed[-1]
     expected = (chosen * np.log1p(strength * data.reward / data.propensity) / strength).mean()
-    assert problem.sums(theta, squares=False).mean == pytest.approx(expected, abs=1e-10)
+    assert problem.weight @ problem.terms(theta)[0] == pytest.approx(expected, abs=1e-10)
     assert l2 == pytest.approx(1 / (strength * data.n), rel=1e-12)
 
 

@@ -20,8 +20,8 @@ N, K, D = CHUNK + 200, 3, 4  # more than one chunk
 CLIP = 1.5  # about a fifth of the weights below exceed it
 FORMS = ["named", "featured"]
 MODELS = ["plain", "model"]
-EXTRAS = ["", "clip", "eligible", "weighted", "clip eligible weighted"]
-OBJECTIVES: dict[str, Any] = {"mean": mean_value, "lower": lower_bound(1.645, N)}
+EXTRAS = ["", "clip", "eligible", "weighted", "clustered", "clip eligible weighted clustered"]
+OBJECTIVES: dict[str, Any] = {"mean": mean_value, "lower": lower_bound(1.645)}
 
 
 def make_log(form: str, extras: str = "", seed: int = 1) -> LoggedData:
@@ -44,6 +44,7 @@ def make_log(form: str, extras: str = "", seed: int = 1) -> LoggedData:
         context=features if form == "named" else None,
         action_features=features if form == "featured" else None,
         sample_weight=rng.uniform(0.5, 3, N) if "weighted" in extras else None,
+        cluster=rng.integers(100, 500, N) if "clustered" in extras else None,
     )
 
 
@@ -65,10 +66,9 @@ def some_theta(problem: Problem, seed: int = 2) -> np.ndarray:
 
 
 def value_and_gradient(problem: Problem, objective: Any, theta: np.ndarray) -> tuple[float, np.ndarray]:
-    """The objective on the sums, and the chain rule with the derivatives that it gives."""
-    sums = problem.sums(theta, squares=True)
-    value, by_mean, by_square = objective(sums.mean, sums.square)
-    return value, by_mean * sums.gradient + 2 * by_square * sums.square_gradient
+    """The objective of the terms, and a second pass with the slopes that it gives."""
+    value, slope = objective(problem.terms(theta)[0], problem.weight, problem.cluster)
+    return value, problem.terms(theta, slope)[1]
 
 
 def by_differences(problem: Problem, objective: Any, theta: np.ndarray, step: float = 1e-5) -> np.ndarray:
@@ -110,7 +110,9 @@ def by_autograd(
         column = terms.dr(weight, torch.tensor(reward), model[rows, action], (policy * model).sum(1))[:, 0]
     part = torch.tensor(share / share.sum())
     mean = part @ column
-    value = mean - z * torch.sqrt((part @ column.square() - mean.square()) / data.n)
+    unit = np.arange(data.n) if data.cluster is None else data.cluster
+    each = torch.zeros(unit.max() + 1, dtype=torch.float64).index_add(0, torch.tensor(unit), part * (column - mean))
+    value = mean - z * torch.sqrt(each @ each)
     return value.item(), torch.autograd.grad(value, t)[0].numpy()
 
 
@@ -138,7 +140,7 @@ def test_gradient_of_poem(form, penalty):
     """The mean of clipped terms less `penalty` standard errors of it."""
     data = make_log(form)
     problem, _ = problem_and_model(data, "plain", CLIP)
-    theta, objective = some_theta(problem), lower_bound(penalty, N)
+    theta, objective = some_theta(problem), lower_bound(penalty)
     value, gradient = value_and_gradient(problem, objective, theta)
     w = problem.policy(theta, slice(None)).T[np.arange(N), data.action] / data.propensity
     assert (w > CLIP).mean() > 0.1, "the bound binds"
@@ -192,17 +194,29 @@ def test_value_is_the_estimate_of_ope(form, extras):
         theta = 3 * some_theta(problem)
         target = problem.policy(theta, slice(None)).T
         estimate = evaluate(data, target, q, estimators=(name,))[name].value
-        assert problem.sums(theta, squares=False).mean == pytest.approx(estimate, abs=1e-10)
+        assert problem.weight @ problem.terms(theta)[0] == pytest.approx(estimate, abs=1e-10)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_mean_and_gradient_are_the_same_with_and_without_squares(form):
+@pytest.mark.parametrize("extras", ["", "clustered"])
+def test_standard_error_is_the_estimate_of_ope(form, extras):
+    """With clusters, too; ope divides by the units less one."""
+    data = make_log(form, extras)
+    problem, q = problem_and_model(data, "model", np.inf)
+    theta = some_theta(problem)
+    estimate = evaluate(data, problem.policy(theta, slice(None)).T, q, estimators=("DR",))["DR"]
+    units = N if data.cluster is None else len(np.unique(data.cluster))
+    assert problem.stderr(theta) == pytest.approx(estimate.stderr * np.sqrt((units - 1) / units), rel=1e-9)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_slopes_change_no_term(form):
     problem, _ = problem_and_model(make_log(form, "clip eligible weighted"), "model", CLIP)
-    with_squares, without = (problem.sums(some_theta(problem), squares=squares) for squares in (True, False))
-    assert with_squares.mean == without.mean
-    assert np.array_equal(with_squares.gradient, without.gradient)
-    assert without.square == 0
-    assert not without.square_gradient.any()
+    theta = some_theta(problem)
+    plain, pulled = problem.terms(theta), problem.terms(theta, problem.weight)
+    assert np.array_equal(plain[0], pulled[0])
+    assert not plain[1].any()
+    assert pulled[1].all()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -216,20 +230,25 @@ def test_weight_is_repeats_of_a_row_for_every_sum(form, model):
     one, _ = problem_of(weighted, K, data.reward, q, CLIP)
     many, _ = problem_of(repeated, K, data.reward[index], None if q is None else q[index], CLIP)
     theta = some_theta(one)
-    for found, expected in zip(one.sums(theta, squares=True), many.sums(theta, squares=True), strict=True):
-        assert found == pytest.approx(expected, rel=1e-10, abs=1e-12)
+    for problem in (one, many):
+        terms, gradient = problem.terms(theta, problem.weight)
+        found = (problem.weight @ terms, problem.weight @ terms**2, *gradient)
+        expected = found if problem is one else expected
+    assert found == pytest.approx(expected, rel=1e-10, abs=1e-12)
     assert one.total == many.total == times.sum()
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_parts_add_up_to_the_whole(form):
     problem, _ = problem_and_model(make_log(form, "eligible weighted"), "model", CLIP)
-    theta, whole = some_theta(problem), problem.sums(some_theta(problem), squares=True)
+    theta = some_theta(problem)
+    terms, gradient = problem.terms(theta, problem.weight)
     parts = [problem.take(rows) for rows in (slice(0, 300), slice(300, None))]
     assert sum(part.total for part in parts) == pytest.approx(problem.total, rel=1e-12)
-    for index, expected in enumerate(whole):
-        mixed = sum(part.total / problem.total * part.sums(theta, squares=True)[index] for part in parts)
-        assert mixed == pytest.approx(expected, rel=1e-10, abs=1e-12)
+    found = [part.terms(theta, part.weight) for part in parts]
+    assert np.concatenate([each for each, _ in found]) == pytest.approx(terms, rel=1e-10)
+    mixed = sum(part.total / problem.total * each for part, (_, each) in zip(parts, found, strict=True))
+    assert mixed == pytest.approx(gradient, rel=1e-10, abs=1e-12)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -277,16 +296,28 @@ def test_maximum_is_no_lower_than_any_start_and_nearly_flat(form, objective):
     assert np.abs(slope).max() < 0.01 * np.abs(start).max(), "a hundredth of the slope at the uniform policy"
 
 
-def test_lower_bound_is_the_mean_less_standard_errors():
-    column = np.random.default_rng(4).normal(1, 2, 50)
-    value, by_mean, by_square = lower_bound(2.0, 50)(column.mean(), (column**2).mean())
-    assert value == pytest.approx(column.mean() - 2 * column.std() / np.sqrt(50), rel=1e-12)
-    step = 1e-6
-    for index, found in enumerate((by_mean, by_square)):
-        move = step * np.eye(2)[index]
-        high, low = (lower_bound(2.0, 50)(*(np.array([column.mean(), (column**2).mean()]) + sign * move))[0] for sign in (1, -1))
-        assert (high - low) / (2 * step) == pytest.approx(found, rel=1e-6)
+@pytest.mark.parametrize("cluster", [None, np.arange(50) // 2], ids=["rows", "pairs"])
+def test_lower_bound_is_the_mean_less_standard_errors(cluster):
+    column, weight = np.random.default_rng(4).normal(1, 2, 50), np.full(50, 1 / 50)
+    value, slope = lower_bound(2.0)(column, weight, cluster)
+    units = column if cluster is None else column.reshape(25, 2).mean(axis=1)
+    assert value == pytest.approx(column.mean() - 2 * units.std() / np.sqrt(len(units)), rel=1e-12)
+    step = 1e-5
+    for row, found in enumerate(slope):
+        move = step * np.eye(50)[row]
+        high, low = (lower_bound(2.0)(column + sign * move, weight, cluster)[0] for sign in (1, -1))
+        assert (high - low) / (2 * step) == pytest.approx(found, rel=1e-6, abs=1e-9)
+
+
+def test_repeats_in_one_cluster_do_not_raise_the_lower_bound():
+    """A hundred rows said thrice by one user each are a hundred rows."""
+    column, weight = np.random.default_rng(4).normal(1, 2, 100), np.full(100, 1 / 100)
+    once = lower_bound(2.0)(column, weight, None)[0]
+    thrice = lower_bound(2.0)(np.tile(column, 3), np.tile(weight, 3) / 3, np.tile(np.arange(100), 3))[0]
+    assert thrice == pytest.approx(once, rel=1e-12)
 
 
 def test_lower_bound_of_what_does_not_vary_is_the_mean():
-    assert lower_bound(3.0, 100)(0.5, 0.25) == (0.5, 1.0, 0.0)
+    value, slope = lower_bound(3.0)(np.full(4, 0.5), np.full(4, 0.25), None)
+    assert value == 0.5
+    assert np.array_equal(slope, np.full(4, 0.25))
