@@ -192,7 +192,7 @@ def compare(
             labels=tuple(_split(labels) or ()),
         )
         read = read_log(log, columns, k=actions)
-        chosen = learners_named(_split(learners), float(read.data.reward.min()))
+        chosen = learners_named(_split(learners), read.data.reward)
         with _progress("Learning", len(chosen)) as advance:
             reports = compare_learners(read.data, chosen, k=read.width(actions), seed=seed, progress=advance)
     if as_json:

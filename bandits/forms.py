@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 from bandits.events import canonical
 from bandits.policy import POLICIES, Policy
 from bandits.posteriors import BayesianLinear, BetaBernoulli, NormalMean
-from bandits.scorers import Linear, Trees
+from bandits.scorers import Calibrated, Calibration, Linear, Trees
 from ope.data import InputError
 
 KINDS: dict[str, type[Any]] = {
     **{policy.kind: policy for policy in POLICIES},
     "linear": Linear,
     "trees": Trees,
+    "calibrated": Calibrated,
+    "calibration": Calibration,
     "beta_bernoulli": BetaBernoulli,
     "normal_mean": NormalMean,
     "bayesian_linear": BayesianLinear,
@@ -34,6 +36,7 @@ KINDS: dict[str, type[Any]] = {
 PARTS = {
     "scorer": "scores", "scorers": "scores", "guard": "scores",
     "policy": "propensities", "policies": "propensities", "posterior": "sample",
+    "calibration": "log_odds",
 }  # fmt: skip
 """Settings that are parts themselves, and what such a part must be able to do."""
 
@@ -84,7 +87,10 @@ def _encode(value: Any, place: str, arrays: dict[str, NDArray[Any]]) -> Any:
         return {"array": place}
     if is_dataclass(value):
         if type(value) not in _NAMES:
-            raise InputError(f"{place}: found a {type(value).__name__}; expected one of {', '.join(KINDS)}")
+            raise InputError(
+                f"{place}: found a {type(value).__name__}, which has no form; expected one of {', '.join(KINDS)}. "
+                "A reward model that is neither linear nor BoostedTrees decides in memory only"
+            )
         settings = {f.name: _encode(getattr(value, f.name), f"{place}.{f.name}", arrays) for f in fields(value)}
         return {"kind": _NAMES[type(value)], **settings}
     if isinstance(value, tuple):

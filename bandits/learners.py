@@ -7,16 +7,15 @@ back without a floor: put one on (`policy.Floor`) before they serve.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
-from sklearn.base import clone
 
 from bandits.batch import DecisionBatch
-from bandits.oracles import BoostedTrees
+from bandits.oracles import BoostedTrees, Probability, logistic
 from bandits.policy import Greedy, Policy, Softmax
-from bandits.scorers import Scorer, Trees
+from bandits.reward_models import cross_fitted, fit_scorer
 from bandits.softmax_linear import Objective, lower_bound, maximise, mean_value, problem_of, regression_direction
 from ope import evaluate
 from ope.data import FloatArray, InputError, LoggedData, assign_folds
@@ -119,8 +118,9 @@ class LSLin:
 
 @dataclass(frozen=True, slots=True)
 class DR:
-    """Softmax-linear policy that maximises the doubly robust value, with a cross-fitted ridge regression of the reward."""
+    """Softmax-linear policy that maximises the doubly robust value, with a cross-fitted oracle of the reward, by default ridge."""
 
+    oracle: Any = None
     l2: float = 0.1
     iterations: int = 60
     folds: int = 3
@@ -128,7 +128,7 @@ class DR:
 
     def fit(self, data: LoggedData, *, k: int | None = None, seed: int = 0) -> Policy:
         """A softmax-linear policy."""
-        q = cross_fitted_ridge(data, _width(data, k), self.folds, seed)
+        q = cross_fitted(self.oracle, data, _width(data, k), self.folds, seed)
         return _softmax_linear(data, k, data.reward, q, mean_value, self.l2, self.iterations)
 
 
@@ -136,6 +136,7 @@ class DR:
 class Pessimistic:
     """Maximises the doubly robust value less z standard errors: prefers what the log knows. Jin et al. 2021."""
 
+    oracle: Any = None
     z: float = 1.645
     l2: float = 0.1
     iterations: int = 60
@@ -144,15 +145,15 @@ class Pessimistic:
 
     def fit(self, data: LoggedData, *, k: int | None = None, seed: int = 0) -> Policy:
         """A softmax-linear policy."""
-        q = cross_fitted_ridge(data, _width(data, k), self.folds, seed)
+        q = cross_fitted(self.oracle, data, _width(data, k), self.folds, seed)
         return _softmax_linear(data, k, data.reward, q, lower_bound(self.z), self.l2, self.iterations)
 
 
 @dataclass(frozen=True, slots=True)
 class OracleGreedy:
-    """Regress the reward on context and action, then take the best. `oracle`: boosted trees, or None for ridge regression."""
+    """Regress the reward on context and action, then take the best. `oracle`: what `reward_models.fit_scorer` takes."""
 
-    oracle: BoostedTrees | None = None
+    oracle: Any = None
     name: ClassVar[str] = "oracle-greedy"
 
     def fit(self, data: LoggedData, *, k: int | None = None, seed: int = 0) -> Policy:
@@ -164,57 +165,49 @@ class OracleGreedy:
 class OracleSoftmax:
     """Regress the reward, then act in proportion to exp(prediction / temperature)."""
 
-    oracle: BoostedTrees | None = None
+    oracle: Any = None
     temperature: float = 0.05
     """In units of the spread of the rewards."""
+    calibration: Literal["isotonic", "platt"] | None = None
+    """Of predictions for rows that the model had not seen, to mean rewards, before the softmax."""
     name: ClassVar[str] = "oracle-softmax"
 
     def fit(self, data: LoggedData, *, k: int | None = None, seed: int = 0) -> Policy:
         """A softmax policy."""
-        return Softmax(fit_scorer(self.oracle, data, _width(data, k)), self.temperature * _spread(data))
+        scorer = fit_scorer(self.oracle, data, _width(data, k), calibration=self.calibration, seed=seed)
+        return Softmax(scorer, self.temperature * _spread(data))
 
 
 LEARNERS: tuple[Learner, ...] = (
     IPS(), BanditNet(), POEM(), LSLin(), DR(), Pessimistic(), OracleGreedy(), OracleSoftmax(),
-    OracleGreedy(BoostedTrees()), OracleSoftmax(BoostedTrees()),
+    OracleGreedy(logistic()), OracleSoftmax(logistic()), OracleGreedy(BoostedTrees()), OracleSoftmax(BoostedTrees()),
 )  # fmt: skip
-"""One of each, with its default settings; oracles with ridge regression and with trees."""
+"""One of each, with its default settings; oracles with ridge and logistic regression and with trees."""
+
+
+_ORACLE_NAMES = {"BoostedTrees": "trees", "Probability": "logistic", "Ridge": "ridge"}
 
 
 def label(learner: Learner) -> str:
-    """Its name, with the oracle where that is boosted trees."""
-    return f"{learner.name} (trees)" if getattr(learner, "oracle", None) is not None else learner.name
+    """Its name, with the oracle where that is not the default."""
+    kind = type(_regressor(learner)).__name__
+    return learner.name if kind == "NoneType" else f"{learner.name} ({_ORACLE_NAMES.get(kind, kind)})"
 
 
-def fit_scorer(oracle: BoostedTrees | None, data: LoggedData, k: int) -> Scorer:
-    """The reward regressed on context and action: trees on all actions as one matrix, or ridge, one for each named action."""
-    if oracle is None:
-        problem, scorer = problem_of(data, k, data.reward)
-        linear = scorer(regression_direction(problem, data.reward))
-        return replace(linear, bias=linear.bias + np.average(data.reward, weights=data.sample_weight))
-    if not isinstance(oracle, BoostedTrees):
-        raise InputError(f"found a {type(oracle).__name__}; expected BoostedTrees, or None for ridge: other models have no scorer")
-    batch = DecisionBatch.of_log(data, k)
-    logged = logged_features(batch, data)
-    fitted: Any = clone(oracle).fit(logged, data.reward, sample_weight=data.sample_weight)
-    return Trees(fitted.model_text_)
+def reward_range(learner: Learner) -> tuple[float, float]:
+    """Between which rewards must lie for it to learn from them; (-inf, inf) for most."""
+    regressor = _regressor(learner)
+    if isinstance(regressor, BoostedTrees) and regressor.objective == "logistic":
+        return 0.0, 1.0
+    if isinstance(regressor, Probability) and regressor.reward_range is not None:
+        return regressor.reward_range
+    return (0.0 if isinstance(learner, LSLin) else -np.inf), np.inf
 
 
-def logged_features(batch: DecisionBatch, data: LoggedData) -> FloatArray:
-    """What trees see of the logged actions: (action index, context, action features) (n, 1 + d + p)."""
-    taken = batch.action_features[np.arange(data.n), data.action]
-    return np.concatenate((data.action[:, None].astype(np.float64), batch.context, taken), axis=1)
-
-
-def cross_fitted_ridge(data: LoggedData, k: int, folds: int, seed: int) -> FloatArray:
-    """Predicted reward of every action (n, k), each row by a ridge regression that saw neither it nor its cluster."""
-    fold = assign_folds(data, folds, seed)
-    batch, q = DecisionBatch.of_log(data, k), np.empty((data.n, k))
-    for held_out in range(folds):
-        train, test = np.flatnonzero(fold != held_out), np.flatnonzero(fold == held_out)
-        rows = DecisionBatch(batch.context[test], batch.action_features[test], batch.eligible[test], batch.full)
-        q[test] = fit_scorer(None, data.take(train), k).scores(rows)
-    return q
+def _regressor(learner: Learner) -> Any:
+    """The last step of its oracle, or None."""
+    oracle: Any = getattr(learner, "oracle", None)
+    return oracle.steps[-1][1] if hasattr(oracle, "steps") else oracle
 
 
 def _softmax_linear(

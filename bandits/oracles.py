@@ -6,7 +6,6 @@ All honour `sample_weight`: weight m is m repeats of a row. Weights reach every 
 # ruff: noqa: N803  # X is scikit-learn's own name for it
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from bandits.scorers import LARGEST_LOGIT, Calibration, log_odds
 from ope.data import FloatArray, InputError, checked_finite
 
 _LIGHTGBM_OBJECTIVES = {"squared": "regression", "logistic": "cross_entropy"}
@@ -27,7 +27,6 @@ _LIGHTGBM_OBJECTIVES = {"squared": "regression", "logistic": "cross_entropy"}
 _TRAINING = {"deterministic": True, "force_row_wise": True, "verbosity": -1, "feature_pre_filter": False,
              "min_data_in_leaf": 0, "min_data_in_bin": 1}  # fmt: skip
 _FEWEST_ROWS = {"platt": 30, "isotonic": 2000}
-_LARGEST_LOGIT = 36.0  # the log-odds of 1 - 2e-16, beyond which float64 cannot tell a probability from 1
 
 
 class BoostedTrees(RegressorMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn is untyped
@@ -150,32 +149,6 @@ def logistic(c: float = 1.0) -> Any:
     return make_pipeline(StandardScaler(), Probability(c=c, reward_range=(0.0, 1.0)))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Calibration:
-    """A map of predictions, linear between knots x (m,), increasing, and y (m,), non-decreasing, and constant beyond them."""
-
-    x: FloatArray
-    y: FloatArray
-    log_odds: bool = False
-    """True if knots are log-odds: a Platt map is a straight line of log-odds, so two knots hold it exactly."""
-
-    def __post_init__(self) -> None:
-        for name in ("x", "y"):
-            knots = checked_finite(name, getattr(self, name), (None,), "One entry per knot.").copy()
-            knots.setflags(write=False)
-            object.__setattr__(self, name, knots)
-        if self.x.shape != self.y.shape or len(self.x) == 0 or np.any(np.diff(self.x) <= 0) or np.any(np.diff(self.y) < 0):
-            raise InputError(f"found knots x {self.x}, y {self.y}; expected equal lengths, x increasing and y non-decreasing")
-
-    def __call__(self, predicted: ArrayLike) -> FloatArray:
-        """Calibrated predictions, of the shape of `predicted`. Raises InputError for log-odds of what is no probability."""
-        values = np.asarray(predicted, dtype=np.float64)
-        if not self.log_odds:
-            return np.interp(values, self.x, self.y)
-        calibrated: FloatArray = expit(np.interp(_log_odds(values), self.x, self.y))
-        return calibrated
-
-
 def fit_calibration(
     predicted: ArrayLike,
     reward: ArrayLike,
@@ -260,21 +233,14 @@ def _platt(predicted: FloatArray, reward: FloatArray, weight: FloatArray) -> Cal
     _check_range(reward, 0.0, 1.0, "Use isotonic calibration for other rewards")
     wins, losses = float(weight @ reward), float(weight @ (1 - reward))
     target = reward * (wins + 1) / (wins + 2) + (1 - reward) / (losses + 2)
-    x = _log_odds(predicted)
+    x = log_odds(predicted)
     if x.min() == x.max():
         raise InputError(f"found the one prediction {predicted[0]:.6g} in all rows; expected several to tell apart")
     (slope,), intercept = _fractional_logit(x[:, None], target, weight, np.inf)
     if slope < 0:
         raise InputError(f"found rewards that fall as predictions rise (slope {slope:.3g}); expected a rise. Mend the model")
-    knots = np.array((-_LARGEST_LOGIT, _LARGEST_LOGIT))
+    knots = np.array((-LARGEST_LOGIT, LARGEST_LOGIT))
     return Calibration(knots, intercept + slope * knots, log_odds=True)
-
-
-def _log_odds(probability: FloatArray) -> FloatArray:
-    if not np.all((probability >= 0) & (probability <= 1)):
-        raise InputError("found predictions outside [0, 1]; expected probabilities. Use isotonic calibration for others")
-    odds: FloatArray = np.clip(logit(probability), -_LARGEST_LOGIT, _LARGEST_LOGIT)
-    return odds
 
 
 def _checked_pairs(predicted: ArrayLike, reward: ArrayLike, weight: ArrayLike | None) -> tuple[FloatArray, ...]:

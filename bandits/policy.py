@@ -77,7 +77,7 @@ class Softmax:
     kind: ClassVar[str] = "softmax"
 
     def __post_init__(self) -> None:
-        _within("temperature", self.temperature, 1e-12, 1e100)
+        _within("temperature", self.temperature, 1e-100, 1e100)
 
     def propensities(self, batch: DecisionBatch) -> FloatArray:
         """(n, k)"""

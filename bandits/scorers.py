@@ -10,9 +10,14 @@ from functools import lru_cache
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import expit, logit
 
 from bandits.batch import DecisionBatch
-from ope.data import FloatArray, InputError
+from ope.data import FloatArray, InputError, checked_finite
+
+LARGEST_LOGIT = 36.0
+"""The log-odds of 1 - 2e-16, beyond which float64 cannot tell a probability from 1."""
 
 
 class Scorer(Protocol):
@@ -96,6 +101,45 @@ class Trees:
         return np.asarray(flat, dtype=np.float64).reshape(features.shape[:2])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """A map of predictions, linear between knots x (m,), increasing, and y (m,), non-decreasing, and constant beyond them."""
+
+    x: FloatArray
+    y: FloatArray
+    log_odds: bool = False
+    """True if knots are log-odds: a Platt map is a straight line of log-odds, so two knots hold it exactly."""
+
+    def __post_init__(self) -> None:
+        for name in ("x", "y"):
+            knots = checked_finite(name, getattr(self, name), (None,), "One entry per knot.").copy()
+            knots.setflags(write=False)
+            object.__setattr__(self, name, knots)
+        if self.x.shape != self.y.shape or len(self.x) == 0 or np.any(np.diff(self.x) <= 0) or np.any(np.diff(self.y) < 0):
+            raise InputError(f"found knots x {self.x}, y {self.y}; expected equal lengths, x increasing and y non-decreasing")
+
+    def __call__(self, predicted: ArrayLike) -> FloatArray:
+        """Calibrated predictions, of the shape of `predicted`. Raises InputError for log-odds of what is no probability."""
+        values = np.asarray(predicted, dtype=np.float64)
+        if not self.log_odds:
+            return np.interp(values, self.x, self.y)
+        calibrated: FloatArray = expit(np.interp(log_odds(values), self.x, self.y))
+        return calibrated
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibrated:
+    """Scores through a map that was learned from outcomes, so that they are mean rewards and not only a ranking."""
+
+    scorer: Scorer
+    calibration: Calibration
+    kind: ClassVar[str] = "calibrated"
+
+    def scores(self, batch: DecisionBatch) -> FloatArray:
+        """Scores (n, k)"""
+        return self.calibration(self.scorer.scores(batch))
+
+
 def joint_features(batch: DecisionBatch) -> FloatArray:
     """(action index, context, action features) of every action (n, k, 1 + d + p)."""
     n, k = batch.eligible.shape
@@ -109,3 +153,11 @@ def _booster(model: str) -> Any:
     from bandits.oracles import lightgbm_module
 
     return lightgbm_module().Booster(model_str=model)
+
+
+def log_odds(probability: FloatArray) -> FloatArray:
+    """log(p / (1 - p)), within ±LARGEST_LOGIT. Raises InputError for what is no probability."""
+    if not np.all((probability >= 0) & (probability <= 1)):
+        raise InputError("found predictions outside [0, 1]; expected probabilities. Use isotonic calibration for others")
+    odds: FloatArray = np.clip(logit(probability), -LARGEST_LOGIT, LARGEST_LOGIT)
+    return odds

@@ -52,7 +52,7 @@ def lower_bound(z: float) -> Objective:
         mean = float(weight @ terms)
         deviation = weight * (terms - mean)
         if cluster is not None:
-            deviation = np.bincount(cluster, deviation)
+            deviation = np.bincount(cluster, deviation).astype(np.float64, copy=False)
         stderr = float(np.sqrt(deviation @ deviation))
         if stderr == 0:
             return mean, weight

@@ -18,9 +18,10 @@ import numpy as np
 
 from bandits.batch import DecisionBatch
 from bandits.features import FeatureSchema, Number
-from bandits.learners import DR, IPS, fit_scorer, logged_features
+from bandits.learners import DR, IPS
 from bandits.oracles import BoostedTrees
 from bandits.policy import EpsilonGreedy, Floor, Policy, Softmax
+from bandits.reward_models import fit_scorer, logged_features
 from bandits.sampling import Salt, choose, quantise
 from bandits.scorers import Linear
 from ope.data import LoggedData

@@ -84,7 +84,7 @@ def cross_splits(data: LoggedData, folds: int, seed: int) -> list[Split]:
 
 def _predict_linear(data: LoggedData, k: int, model: Any, train: Any, test: Any) -> FloatArray:
     """`_predict_additive` of a linear model: what an action adds is the same in every context, so k + 1 rows tell it."""
-    fitted = _fit_reward(model, _features(data, k, train, data.action[train]), data.reward[train], _weights(data, train))
+    fitted = fit_reward(model, _features(data, k, train, data.action[train]), data.reward[train], _weights(data, train))
     context = _context(data, test)
     nothing = fitted(np.concatenate((context, np.zeros((len(test), k))), axis=1))
     actions = fitted(np.concatenate((np.zeros((k + 1, context.shape[1])), np.eye(k + 1, k)), axis=1))
@@ -92,7 +92,7 @@ def _predict_linear(data: LoggedData, k: int, model: Any, train: Any, test: Any)
 
 
 def _predict_additive(data: LoggedData, k: int, model: Any, train: Any, test: Any) -> FloatArray:
-    fitted = _fit_reward(model, _features(data, k, train, data.action[train]), data.reward[train], _weights(data, train))
+    fitted = fit_reward(model, _features(data, k, train, data.action[train]), data.reward[train], _weights(data, train))
     return np.stack([fitted(_features(data, k, test, np.full(len(test), action))) for action in range(k)], axis=1)
 
 
@@ -104,11 +104,11 @@ def _predict_per_action(data: LoggedData, k: int, model: Any, train: Any, test: 
         if len(rows) == 0:
             q[:, action] = overall
         else:
-            q[:, action] = _fit_reward(model, _context(data, rows), data.reward[rows], _weights(data, rows))(_context(data, test))
+            q[:, action] = fit_reward(model, _context(data, rows), data.reward[rows], _weights(data, rows))(_context(data, test))
     return q
 
 
-def _fit_reward(
+def fit_reward(
     model: Any, features: FloatArray, reward: FloatArray, weight: FloatArray | None
 ) -> Callable[[FloatArray], FloatArray]:
     """The fitted prediction function; a constant where the rewards are."""

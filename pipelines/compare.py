@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from bandits.batch import DecisionBatch
-from bandits.learners import LEARNERS, Learner, LSLin, fit_scorer, label
+from bandits.learners import LEARNERS, Learner, label, reward_range
 from bandits.policy import Policy, Uniform
+from bandits.reward_models import fit_scorer
 from ope import Report, evaluate
 from ope.data import FloatArray, InputError, LoggedData
 from ope.estimators import Estimator
@@ -50,7 +51,7 @@ def report_on(
     return evaluate(data, policy.propensities(batch), q, baseline="logging", estimators=estimators)
 
 
-def learners_named(names: Sequence[str] | None, lowest_reward: float) -> dict[str, Learner]:
+def learners_named(names: Sequence[str] | None, reward: FloatArray) -> dict[str, Learner]:
     """Learners by their labels; for None all that can learn from such rewards. Raises InputError that lists the labels."""
     known = {label(learner): learner for learner in LEARNERS}
     for name in names or ():
@@ -59,5 +60,6 @@ def learners_named(names: Sequence[str] | None, lowest_reward: float) -> dict[st
     if names is not None and not names:
         raise InputError(f"found no learner; expected some of {', '.join(known)}")
     if names is None:
-        return {name: one for name, one in known.items() if lowest_reward >= 0 or name != LSLin.name}
+        ranges = {name: reward_range(one) for name, one in known.items()}
+        return {name: known[name] for name, (low, high) in ranges.items() if low <= reward.min() and reward.max() <= high}
     return {name: known[name] for name in names}

@@ -12,8 +12,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from scipy.special import ndtri
 
 from bandits.batch import DecisionBatch
-from bandits.learners import DR, IPS, Learner, OracleGreedy, OracleSoftmax, fit_scorer
+from bandits.learners import DR, IPS, Learner, OracleGreedy, OracleSoftmax
 from bandits.oracles import BoostedTrees
+from bandits.reward_models import fit_scorer
 from ope import Estimate, Report, evaluate
 from ope.data import FloatArray, IntArray, LoggedData
 from ope.estimators import ESTIMATORS

@@ -24,13 +24,11 @@ from bandits.learners import (
     OracleGreedy,
     OracleSoftmax,
     Pessimistic,
-    cross_fitted_ridge,
-    fit_scorer,
     label,
-    logged_features,
 )
 from bandits.oracles import BoostedTrees
 from bandits.policy import Policy
+from bandits.reward_models import cross_fitted, fit_scorer, logged_features
 from bandits.scorers import joint_features
 from bandits.softmax_linear import PENALTIES, mean_value
 from ope import LoggedData, evaluate
@@ -76,7 +74,7 @@ def test_what_was_climbed_is_what_ope_estimates(learner, extras, climbed):
     target = learner.fit(data, k=4, seed=2).propensities(DecisionBatch.of_log(data, 4))
     problem, objective, _, theta = climbed[-1]
     terms = problem.terms(theta)[0]
-    q = cross_fitted_ridge(data, 4, 3, 2) if isinstance(learner, DR | Pessimistic) else None
+    q = cross_fitted(None, data, 4, 3, 2) if isinstance(learner, DR | Pessimistic) else None
     name = {"IPS": "IPS", "POEM": "cIPS(20)"}.get(learner.name, "DR")
     estimate = evaluate(data, target, q, estimators=(name,))[name]
     assert problem.weight @ terms == pytest.approx(estimate.value, abs=1e-10)
@@ -207,9 +205,9 @@ def test_ridge_on_action_features_is_one_regression_for_all_actions():
     assert found == pytest.approx(reward.mean() + X @ coefficient, rel=1e-8, abs=1e-8)
 
 
-def test_cross_fitted_ridge_is_the_ridge_of_the_other_folds():
+def test_cross_fitted_is_the_ridge_of_the_other_folds():
     data = simulated(300)
-    q = cross_fitted_ridge(data, 4, 3, 7)
+    q = cross_fitted(None, data, 4, 3, 7)
     fold = learners.assign_folds(data, 3, 7)
     for held_out in range(3):
         test = fold == held_out

@@ -230,11 +230,11 @@ def test_weight_is_repeats_of_a_row_for_every_sum(form, model):
     one, _ = problem_of(weighted, K, data.reward, q, CLIP)
     many, _ = problem_of(repeated, K, data.reward[index], None if q is None else q[index], CLIP)
     theta = some_theta(one)
+    found = []
     for problem in (one, many):
         terms, gradient = problem.terms(theta, problem.weight)
-        found = (problem.weight @ terms, problem.weight @ terms**2, *gradient)
-        expected = found if problem is one else expected
-    assert found == pytest.approx(expected, rel=1e-10, abs=1e-12)
+        found.append([problem.weight @ terms, problem.weight @ terms**2, *gradient])
+    assert found[0] == pytest.approx(found[1], rel=1e-10, abs=1e-12)
     assert one.total == many.total == times.sum()
 
 

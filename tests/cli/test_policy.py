@@ -95,6 +95,7 @@ def test_without_names_only_learners_that_can_are_run(write_log: Any) -> None:
     assert result.exit_code == 0
     assert "POEM" in result.stdout
     assert "LS-LIN" not in result.stdout
+    assert "logistic" not in result.stdout
 
 
 @pytest.mark.parametrize("context", ["reward", "x,propensity", "x,x"])
