@@ -9,7 +9,7 @@ import difflib
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 
@@ -140,6 +140,8 @@ def _explained(message: str) -> str:
     place = re.search(r" - at `\$?\.?(.*)`$", message)
     key = place[1] if place else ""
     what = message[: place.start()] if place else message
+    if what.startswith("Invalid enum value") or (what.startswith("Invalid value") and key.endswith(".type")):
+        return f"{key}: {what[0].lower()}{what[1:]}; expected one of {', '.join(_choices(key))}"
     unknown = re.search(r"unknown field `(.*)`", what)
     if unknown is None:
         return f"{key}: {what}" if key else what
@@ -149,12 +151,26 @@ def _explained(message: str) -> str:
     return f"{f'{key}: ' if key else ''}unknown key {unknown[1]!r}{hint}"
 
 
+def _choices(key: str) -> list[str]:
+    """What may stand at a key that takes one of several words."""
+    place, _, name = key.rpartition(".")
+    if name == "type":
+        return [str(struct.__struct_config__.tag) for struct in _structs(place)]
+    hints = [get_type_hints(struct).get(name) for struct in _structs(place)]
+    return [word for hint in hints for word in get_args(hint) if isinstance(word, str)]
+
+
 def _known_keys(place: str) -> list[str]:
     """Keys that may stand at a place of the file, such as `rewards[0]`."""
-    structs: tuple[Any, ...] = (DecisionPoint,)
-    if place.startswith(("features.context", "features.action")):
-        structs = (Number, Boolean, Category, Hashed)
-    elif place:
-        structs = ({"actions": Actions, "rewards": RewardRule, "features": FeatureSchema}[re.split(r"[.\[]", place)[0]],)
+    structs = _structs(place)
     keys = [name for struct in structs for name in struct.__struct_fields__]
     return [*keys, "type"] if len(structs) > 1 else keys
+
+
+def _structs(place: str) -> tuple[Any, ...]:
+    """What may stand at a place of the file."""
+    if place.startswith(("features.context", "features.action")):
+        return (Number, Boolean, Category, Hashed)
+    if place:
+        return ({"actions": Actions, "rewards": RewardRule, "features": FeatureSchema}[re.split(r"[.\[]", place)[0]],)
+    return (DecisionPoint,)

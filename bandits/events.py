@@ -21,6 +21,8 @@ SCHEMA_VERSION = 1
 Id: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 """Any 1 to 128 printable characters."""
 
+Version: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
+
 Kind: TypeAlias = Literal["sampled", "fallback", "override", "shadow"]
 """How the action came about. Only `sampled` rows are learned from."""
 
@@ -33,7 +35,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     Raises ValueError (msgspec.ValidationError when decoding) where the fields contradict each other.
     """
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Version = SCHEMA_VERSION
     tenant: Id
     decision_point: Id
     decision_id: Id
@@ -89,6 +91,9 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"shares: found {len(self.shares)} bytes; expected four per action")
         if len(set(self.actions)) != len(self.actions):
             raise ValueError("actions: found one twice; expected distinct ids")
+        both = set(self.actions) & {action for action, _ in self.excluded}
+        if both:
+            raise ValueError(f"excluded: found {min(both)!r}, which is among the eligible actions; expected one or the other")
         if not 0 <= self.chosen < len(self.actions):
             raise ValueError(f"chosen: found {self.chosen}; expected an index into the {len(self.actions)} actions")
         if not (0 < self.propensity <= 1 and 0 < self.pass_probability <= 1):
@@ -104,6 +109,14 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
             if int(vector[self.chosen]) / TOTAL != self.propensity:
                 raise ValueError(f"propensity: found {self.propensity}; expected its share, {int(vector[self.chosen]) / TOTAL}")
 
+    def check_body(self) -> None:
+        """Raise InputError where the body is not the one that was hashed when the decision was made."""
+        if digest(bytes(self.body)) != self.body_hash:
+            raise InputError(
+                f"decision {self.decision_id!r}: found a body that differs from its hash {self.body_hash.hex()}; "
+                "expected the bytes that were decided on: restore the record from where it was first written"
+            )
+
     def share_vector(self) -> IntArray:
         """Integer shares (k,), summing to 2^31; empty where the vector is unknown."""
         return np.frombuffer(self.shares, dtype="<u4").astype(np.int64)
@@ -112,7 +125,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 class Reward(msgspec.Struct, frozen=True, kw_only=True):
     """One observation of a named reward of a decision. A reversal is a further, negative event with its own id."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Version = SCHEMA_VERSION
     tenant: Id
     decision_id: Id
     name: Id
@@ -133,7 +146,7 @@ class Reward(msgspec.Struct, frozen=True, kw_only=True):
 class Shown(msgspec.Struct, frozen=True, kw_only=True):
     """What the caller really did with a decision: an action, or none."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Version = SCHEMA_VERSION
     tenant: Id
     decision_id: Id
     action: Id | None
@@ -159,10 +172,8 @@ def canonical(value: Any) -> bytes:
     _reject_not_json(value, "")
     try:
         return msgspec.json.encode(value, order="sorted")
-    except (TypeError, ValueError, msgspec.MsgspecError) as error:
-        raise InputError(
-            f"found a value that JSON does not have ({error}); expected text, numbers, booleans, null, lists, objects"
-        ) from None
+    except (ValueError, OverflowError) as error:  # a lone surrogate, an integer beyond 64 bits
+        raise InputError(f"found a value that JSON does not have: {error}") from None
 
 
 def digest(data: bytes) -> bytes:
@@ -187,16 +198,21 @@ def request_hash(decision_point: str, unit: str, session: str | None, parent: st
 
 
 def _reject_not_json(value: Any, place: str) -> None:
-    if isinstance(value, float):
+    kind = type(value)
+    if value is None or kind is str or kind is int or kind is bool:
+        return
+    if kind is float:
         if not math.isfinite(value):
             raise InputError(f"{place or 'value'}: found {value}; expected a finite number")
-    elif isinstance(value, bytes | bytearray | set | frozenset):
-        raise InputError(
-            f"{place or 'value'}: found a {type(value).__name__}; expected text, numbers, booleans, null, lists, objects"
-        )
     elif isinstance(value, dict):
         for key, item in value.items():
-            _reject_not_json(item, f"{place}.{key}" if place else str(key))
+            if not isinstance(key, str):
+                raise InputError(f"{place or 'value'}: found the key {key!r}, which JSON does not have; expected texts")
+            _reject_not_json(item, f"{place}.{key}" if place else key)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             _reject_not_json(item, f"{place}[{index}]")
+    else:
+        raise InputError(
+            f"{place or 'value'}: found a {kind.__name__}, which JSON does not have; expected text, numbers, booleans, null, lists, objects"
+        )

@@ -39,6 +39,7 @@ def epsilon_greedy(scores: FloatArray, eligible: BoolArray | None, epsilon: floa
 
 def uniform(eligible: BoolArray) -> FloatArray:
     """Even over the eligible actions."""
+    _reject_none_eligible(eligible)
     return eligible / _count(eligible, eligible.shape[1])
 
 
@@ -88,6 +89,8 @@ def falcon_gamma(k: int, rows: int, *, c: float = 1.0, class_size: float = math.
 def winning_share(samples: FloatArray, eligible: BoolArray | None) -> FloatArray:
     """How often each action scores highest over m samples (m, n, k) -> (n, k): Thompson sampling's vector, and bagging's."""
     m, n, k = samples.shape
+    if eligible is not None:
+        _reject_none_eligible(eligible)
     if not np.isfinite(samples).all():
         _, row, action = (int(i) for i in np.argwhere(~np.isfinite(samples))[0])
         raise InputError(f"row {row}, action {action}: found a score that is not finite; expected numbers below {SIZE:g} in size")
@@ -102,6 +105,7 @@ def with_floor(vectors: FloatArray, eligible: BoolArray | None, floor: float) ->
         result = (1 - floor) * vectors
         result += floor / vectors.shape[1]
         return result
+    _reject_none_eligible(eligible)
     return (1 - floor) * vectors + eligible * (floor / _count(eligible, vectors.shape[1]))
 
 
@@ -134,17 +138,25 @@ def with_cap(vectors: FloatArray, eligible: BoolArray | None, high: FloatArray |
     return result
 
 
+def _reject_none_eligible(eligible: BoolArray) -> None:
+    if not eligible.any(axis=1).all():
+        raise InputError(f"row {int(np.argmin(eligible.any(axis=1)))}: found no eligible action; expected at least one")
+
+
 def _masked(scores: FloatArray, eligible: BoolArray | None) -> FloatArray:
     """Scores, minus infinity where not eligible. Raises InputError where a score is no number of ordinary size."""
     if not np.vdot(scores, scores) < SIZE:  # one product finds NaN, infinity and 1e308 anywhere
         bad = ~(np.abs(scores) < SIZE) & (True if eligible is None else eligible)
-        if not bad.any():
-            return scores if eligible is None else np.where(eligible, scores, -np.inf)
-        row, action = (int(i) for i in np.argwhere(bad)[0])
-        raise InputError(
-            f"row {row}, action {action}: found a score of {scores[row, action]}; expected a finite number below {SIZE:g} in size"
-        )
-    return scores if eligible is None else np.where(eligible, scores, -np.inf)
+        if bad.any():
+            row, action = (int(i) for i in np.argwhere(bad)[0])
+            raise InputError(
+                f"row {row}, action {action}: found a score of {scores[row, action]}; "
+                f"expected a finite number below {SIZE:g} in size"
+            )
+    if eligible is None:
+        return scores
+    _reject_none_eligible(eligible)
+    return np.where(eligible, scores, -np.inf)
 
 
 def _sum(values: FloatArray) -> FloatArray:

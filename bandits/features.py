@@ -178,6 +178,10 @@ class FeatureSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dic
                 feature.check()
             if isinstance(feature, Category) and (not feature.levels or len(set(feature.levels)) != len(feature.levels)):
                 raise ValueError(f"{feature.name}: found levels {list(feature.levels)}; expected at least one, all distinct")
+        for columns in (self.context_columns, self.action_columns):
+            if len(set(columns)) != len(columns):
+                twice = min(name for name in set(columns) if columns.count(name) > 1)
+                raise ValueError(f"features: found two columns named {twice!r}; expected distinct ones: rename a feature")
 
     @cached_property
     def context_columns(self) -> list[str]:
@@ -198,6 +202,13 @@ class FeatureSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dic
         """
         if len(contexts) == 0:
             raise InputError("found no request; expected at least one context, which may be empty")
+        try:
+            return self._batch(contexts, actions)
+        except (TypeError, AttributeError):
+            _reject_no_mappings(contexts, actions)
+            raise
+
+    def _batch(self, contexts: Sequence[Fields], actions: Sequence[Sequence[Fields]] | int) -> DecisionBatch:
         context, blocks = self._contexts(contexts)
         if isinstance(actions, int):
             if actions < 1:
@@ -353,6 +364,23 @@ def _reject_bad_numbers(rows: Sequence[Fields], plan: _Plan, what: str, first_ro
             value = fields.get(name)
             if type(value) not in NUMBERS or not -LARGEST < value < LARGEST:  # type: ignore[operator]
                 raise InputError(f"row {row}, {what} {_wrong(name, value, 'a finite number, which may not be missing')}") from None
+
+
+def _reject_no_mappings(contexts: Sequence[Any], actions: Any) -> None:
+    """Raise InputError at the first context or action that has no names for its values."""
+    for row, fields in enumerate(contexts):
+        if not isinstance(fields, Mapping):
+            raise InputError(f"row {row}: found a {type(fields).__name__} as context; expected a mapping of names to values")
+    if not isinstance(actions, int | Sequence):
+        raise InputError(f"actions: found a {type(actions).__name__}; expected one list of mappings per row, or a number")
+    for row, members in enumerate([] if isinstance(actions, int) else actions):
+        if isinstance(members, str | Mapping) or not isinstance(members, Sequence):
+            raise InputError(f"row {row}: found a {type(members).__name__} as actions; expected a list of mappings, one per action")
+        for index, fields in enumerate(members):
+            if not isinstance(fields, Mapping):
+                raise InputError(
+                    f"row {row}, action {index}: found a {type(fields).__name__}; expected a mapping of names to values"
+                )
 
 
 def _table(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from typing import Any, NamedTuple
 
 import msgspec
@@ -91,7 +91,7 @@ def _encode(value: Any, place: str, arrays: dict[str, NDArray[Any]]) -> Any:
                 f"{place}: found a {type(value).__name__}, which has no form; expected one of {', '.join(KINDS)}. "
                 "A reward model that is neither linear nor BoostedTrees decides in memory only"
             )
-        settings = {f.name: _encode(getattr(value, f.name), f"{place}.{f.name}", arrays) for f in fields(value)}
+        settings = {f.name: _encode(getattr(value, f.name), f"{place}.{f.name}", arrays) for f in _written(type(value))}
         return {"kind": _NAMES[type(value)], **settings}
     if isinstance(value, tuple):
         return [_encode(item, f"{place}.{index}", arrays) for index, item in enumerate(value)]
@@ -114,7 +114,7 @@ def _decode(value: Any, place: str, arrays: Mapping[str, NDArray[Any]]) -> Any:
     if kind is None:
         raise InputError(f"{place}: found kind {value.get('kind')!r}; expected one of {', '.join(KINDS)}")
     settings = {name: _decode(item, f"{place}.{name}", arrays) for name, item in value.items() if name != "kind"}
-    known = {f.name for f in fields(kind)}
+    known = {f.name: f for f in _written(kind)}
     if settings.keys() - known:
         raise InputError(f"{place}: found setting {min(settings.keys() - known)!r}; expected {', '.join(sorted(known))}")
     for name in PARTS.keys() & settings.keys():
@@ -122,6 +122,16 @@ def _decode(value: Any, place: str, arrays: Mapping[str, NDArray[Any]]) -> Any:
         if not parts or not all(hasattr(part, PARTS[name]) for part in parts):
             raise InputError(f"{place}.{name}: found {value[name]!r}; expected a part with a kind")
     try:
-        return kind(**settings)
+        part = kind(**{name: setting for name, setting in settings.items() if known[name].init})
     except TypeError as error:
         raise InputError(f"{place}: {error}") from None
+    for name in settings:
+        expected = getattr(part, name)
+        if not known[name].init and settings[name] != expected:
+            raise InputError(f"{place}.{name}: found {settings[name]!r}; expected {expected!r}, which follows from the rest")
+    return part
+
+
+def _written(kind: type[Any]) -> list[Field[Any]]:
+    """Settings that a form holds: those that the constructor takes, and what follows from them for readers to see."""
+    return [f for f in fields(kind) if not f.name.startswith("_")]

@@ -25,7 +25,7 @@ from ope.data import FloatArray, InputError, checked_finite
 _LIGHTGBM_OBJECTIVES = {"squared": "regression", "logistic": "cross_entropy"}
 # LightGBM counts rows, not weights, for its limits per leaf and per bin: a row of weight m must not fall below what m rows meet
 _TRAINING = {"deterministic": True, "force_row_wise": True, "verbosity": -1, "feature_pre_filter": False,
-             "min_data_in_leaf": 0, "min_data_in_bin": 1}  # fmt: skip
+             "min_data_in_leaf": 0, "min_data_in_bin": 1, "min_data_per_group": 1, "cat_smooth": 1.0}  # fmt: skip
 _FEWEST_ROWS = {"platt": 30, "isotonic": 2000}
 
 

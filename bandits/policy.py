@@ -7,7 +7,7 @@ that what is logged is exact.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -120,27 +120,29 @@ class FastCB:
 class Thompson:
     """Each action with the probability that it is best under the posterior, by Monte Carlo over one fixed set of draws.
 
-    The vector is computed first and sampled from then, so what is logged is what was drawn from. Every row has an error of
-    at most `error`; put a floor on it, since an action that won no draw has probability 0.
+    The vector is computed first and sampled from then, so what is logged is what was drawn from. Its error is a setting of the
+    form, and so under the digest that every decision names. Put a floor on it: an action that won no draw has probability 0.
     """
 
     posterior: BetaBernoulli | BayesianLinear
     """Of the reward of each action, or of weights on the action features."""
     draws: int = 1000
     seed: int = 0
+    error: float = field(init=False)
+    """Largest standard error of a probability, ½ / sqrt(draws); that of p is sqrt(p (1 - p) / draws)."""
+    _sampled: FloatArray = field(init=False, repr=False)
+    """(draws, k) or (draws, p), the same for every request."""
     kind: ClassVar[str] = "thompson"
 
     def __post_init__(self) -> None:
-        _within("draws", self.draws, 100, 1e7)
-
-    @property
-    def error(self) -> float:
-        """Largest standard error of a probability: ½ / sqrt(draws)."""
-        return float(0.5 / np.sqrt(self.draws))
+        _whole("draws", self.draws, 100, 10_000_000)
+        _whole("seed", self.seed, 0, 2**63)
+        object.__setattr__(self, "error", float(0.5 / np.sqrt(self.draws)))
+        object.__setattr__(self, "_sampled", frozen(self.posterior.sample(np.random.default_rng(self.seed), self.draws)))
 
     def propensities(self, batch: DecisionBatch) -> FloatArray:
         """(n, k)"""
-        sampled = self.posterior.sample(np.random.default_rng(self.seed), self.draws)
+        sampled = self._sampled
         found = batch.eligible.shape[1] if isinstance(self.posterior, BetaBernoulli) else batch.action_features.shape[2]
         if found != sampled.shape[1]:
             raise InputError(
@@ -198,8 +200,9 @@ class Mixture:
     kind: ClassVar[str] = "mixture"
 
     def __post_init__(self) -> None:
-        fits = len(self.policies) == len(self.weights) and all(weight >= 0 for weight in self.weights)
-        if not (fits and abs(sum(self.weights) - 1) <= 1e-9):
+        for weight in self.weights:
+            _within("weight", weight, 0.0, 1.0)
+        if len(self.policies) != len(self.weights) or not abs(sum(self.weights) - 1) <= 1e-9:
             raise InputError(f"found weights {self.weights} for {len(self.policies)} policies; expected one each, summing to 1")
 
     def propensities(self, batch: DecisionBatch) -> FloatArray:
@@ -253,6 +256,9 @@ class GuardRail:
     low: float
     kind: ClassVar[str] = "guard_rail"
 
+    def __post_init__(self) -> None:
+        _within("low", self.low, -1e100, 1e100)
+
     def propensities(self, batch: DecisionBatch) -> FloatArray:
         """(n, k)"""
         predicted = self.guard.scores(batch)
@@ -270,8 +276,13 @@ def _by_rows(batch: DecisionBatch, sample: Callable[[DecisionBatch], FloatArray]
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise InputError(f"found {name}={value}; expected {low:g} to {high:g}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise InputError(f"found {name}={value!r}; expected a number from {low:g} to {high:g}")
+
+
+def _whole(name: str, value: int, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise InputError(f"found {name}={value!r}; expected a whole number from {low} to {high}")
 
 
 POLICIES: tuple[type[Policy], ...] = (

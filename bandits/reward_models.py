@@ -95,8 +95,11 @@ def _ridge(data: LoggedData, k: int) -> Linear:
 
 
 def _trees(oracle: BoostedTrees, data: LoggedData, k: int) -> Trees:
+    """A named action's index is a category; a position in a request's own set is a number like any other."""
     logged = logged_features(DecisionBatch.of_log(data, k), data)
-    fitted: Any = clone(oracle).fit(logged, data.reward, sample_weight=data.sample_weight)
+    named = {0} if data.action_features is None else set()
+    tuned = clone(oracle).set_params(categorical=tuple(sorted(named | set(oracle.categorical))))
+    fitted: Any = tuned.fit(logged, data.reward, sample_weight=data.sample_weight)
     return Trees(fitted.model_text_)
 
 

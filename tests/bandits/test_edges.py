@@ -91,7 +91,7 @@ def test_a_posterior_over_other_actions_is_refused() -> None:
         (lambda schema: schema.batch([{"x": 1.0}], 0), "found 0 eligible actions"),
         (lambda schema: Softmax(LINEAR, math.inf), "temperature=inf"),
         (lambda schema: InverseGap(LINEAR, math.inf), "gamma=inf"),
-        (lambda schema: Mixture((Uniform(),), (math.nan,)), "expected one each, summing to 1"),
+        (lambda schema: Mixture((Uniform(),), (math.nan,)), "found weight=nan; expected a number from 0 to 1"),
         (lambda schema: exploration.with_cap(np.array([[0.5, 0.5]]), None, -0.1), "at least 0"),
         (lambda schema: exploration.with_cap(np.array([[0.5, 0.5]]), None, np.ones(3)), "or 2 of them"),
         (lambda schema: from_form(Form({"kind": [1]}, {})), "found kind"),

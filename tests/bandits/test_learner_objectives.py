@@ -228,10 +228,12 @@ def test_trees_are_those_of_lightgbm_called_bare(form):
     parameters = {
         "objective": "regression", "num_leaves": 31, "learning_rate": 0.1, "seed": 0, "num_threads": 1, "verbosity": -1,
         "deterministic": True, "force_row_wise": True, "feature_pre_filter": False, "min_data_in_leaf": 0, "min_data_in_bin": 1,
+        "min_data_per_group": 1, "cat_smooth": 1.0,
         "min_sum_hessian_in_leaf": min(200, float(total) / 20) * (1 - 1e-5),
     }  # fmt: skip
     lightgbm = import_module("lightgbm")
-    rows = lightgbm.Dataset(matrix, data.reward, weight=data.sample_weight, params=parameters)
+    categories = [] if form == "featured" else [0]  # of a named action the index
+    rows = lightgbm.Dataset(matrix, data.reward, weight=data.sample_weight, categorical_feature=categories, params=parameters)
     bare = lightgbm.train(parameters, rows, num_boost_round=60)
     policy = OracleGreedy(BoostedTrees()).fit(data, k=k)
     batch = DecisionBatch.of_log(data, k)
