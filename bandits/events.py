@@ -214,5 +214,6 @@ def _reject_not_json(value: Any, place: str) -> None:
             _reject_not_json(item, f"{place}[{index}]")
     else:
         raise InputError(
-            f"{place or 'value'}: found a {kind.__name__}, which JSON does not have; expected text, numbers, booleans, null, lists, objects"
+            f"{place or 'value'}: found a {kind.__name__}, which JSON does not have; "
+            "expected text, numbers, booleans, null, lists, objects"
         )

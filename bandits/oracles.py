@@ -38,7 +38,7 @@ class BoostedTrees(RegressorMixin, BaseEstimator):  # type: ignore[misc]  # scik
     categorical: columns that hold category codes 0, 1, ... NaN is a missing value, with a branch of its own where the
     training column had some; elsewhere it is read as 0. threads: for training; prediction uses one.
     Weight m is m repeats up to LightGBM's float32 gradients, whose rounding decides between equally good splits; but it
-    counts rows, not weights, where it smooths categories and where it bins a column of more than 255 distinct values.
+    counts rows, not weights, where it bins a column of more than 255 distinct values and where it leaves out rare categories.
     """
 
     model_text_: str

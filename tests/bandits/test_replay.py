@@ -10,11 +10,13 @@ import pytest
 
 from bandits.batch import DecisionBatch
 from bandits.events import Decision, canonical, digest, request_hash
+from bandits.features import Boolean, Category, FeatureSchema, Hashed, Number
 from bandits.forms import from_bytes, from_form, to_bytes, to_form
 from bandits.policy import UCB, Bagging, Cap, FastCB, Floor, GuardRail, InverseGap, Mixture, Softmax, Thompson
 from bandits.posteriors import BayesianLinear
 from bandits.sampling import TOTAL, Salt, choose, choose_rows, quantise, quantise_rows
 from bandits.scorers import Linear
+from ope.data import InputError
 
 N, K, D, P = 1_000_000, 5, 4, 3
 SALT = Salt(4, b"a secret of thirty-two bytes ...")
@@ -140,6 +142,68 @@ def test_l2_holds_for_single_requests(log):
         vector = policy.propensities(log.batch.rows(slice(i, i + 1)))[0]
         mask = log.batch.eligible[i]
         assert quantise(vector[mask].tolist()) == log.shares[i][mask].tolist(), f"row {i}"
+
+
+def test_l2_holds_from_the_bodies_of_records():
+    """Decided in batches of 500 with padding; replayed one by one from what the records hold: body, actions, shares, policy."""
+    schema = FeatureSchema(
+        context=(Number("amount", missing=10.0), Category("card", ("visa", "amex"), unknown="level")),
+        action=(Number("fee"), Boolean("local", missing=False), Hashed("route", 8)),
+        interactions=(("amount", "fee"), ("card", "local")),
+    )
+    rng, width = np.random.default_rng(3), len(schema.action_columns)
+    policy = Floor(InverseGap(Linear(np.zeros(1), np.empty((0, 0)), rng.normal(size=width) / 4), 30.0), 0.05)
+    n, replay = 20_000, rebuilt(policy)
+    contexts = [
+        {"card": ("visa", "amex", "jcb")[i % 3]} | ({} if i % 5 == 0 else {"amount": float(rng.lognormal())}) for i in range(n)
+    ]
+    offers = [
+        [{"fee": float(rng.normal()), "local": bool(rng.random() < 0.5), "route": f"r{rng.integers(40)}"} for _ in range(1 + i % 7)]
+        for i in range(n)
+    ]
+    records = []
+    for start in range(0, n, 500):
+        part = slice(start, start + 500)
+        batch = schema.batch(contexts[part], offers[part])
+        shares = quantise_rows(policy.propensities(batch), batch.eligible)
+        for row, (context, offer) in enumerate(zip(contexts[part], offers[part], strict=True)):
+            mine, id_ = shares[row, : len(offer)], f"payment-{start + row}"
+            chosen = choose(mine.tolist(), SALT.uniform("acme", id_))
+            body = canonical({"context": context, "actions": offer})
+            records.append(
+                Decision(
+                    tenant="acme",
+                    decision_point="route",
+                    decision_id=id_,
+                    decided_at_ns=start + row,
+                    unit="card-1",
+                    policy="served@2",
+                    seed_epoch=SALT.epoch,
+                    actions=tuple(f"a{j}" for j in range(len(offer))),
+                    shares=mine.astype("<u4").tobytes(),
+                    propensity=int(mine[chosen]) / TOTAL,
+                    chosen=chosen,
+                    body=msgspec.Raw(body),
+                    body_hash=digest(body),
+                    request_hash=request_hash("route", "card-1", None, None, context, offer),
+                )
+            )
+    for line in map(msgspec.json.encode, records):
+        record = msgspec.json.decode(line, type=Decision)
+        record.check_body()
+        body = msgspec.json.decode(record.body)
+        batch = schema.batch([body["context"]], [body["actions"]])
+        shares = quantise(replay.propensities(batch)[0].tolist())
+        assert shares == record.share_vector().tolist()
+        assert record.chosen == choose(shares, SALT.uniform(record.tenant, record.decision_id))
+
+
+def test_a_body_that_was_changed_is_noticed(log):
+    record = decision(log, 5)
+    record.check_body()
+    changed = msgspec.structs.replace(record, body=msgspec.Raw(bytes(record.body).replace(b"context", b"contexT")))
+    with pytest.raises(InputError, match="found a body that differs from its hash"):
+        changed.check_body()
 
 
 def test_l2_would_see_another_policy(log):
