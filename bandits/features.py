@@ -22,6 +22,8 @@ from ope.data import BoolArray, FloatArray, InputError
 LARGEST = 1e50
 """Numbers beyond this are mistakes; below it, scaled and squared, they stay numbers."""
 
+LARGEST_SQUARED = LARGEST**2
+
 NUMBERS = frozenset((float, int))
 """Types of a number; a boolean is none."""
 
@@ -219,11 +221,11 @@ class FeatureSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dic
         if len(actions) != len(contexts):
             raise InputError(f"actions: found {len(actions)} sets for {len(contexts)} contexts; expected one each")
         sizes = [len(members) for members in actions]
-        if min(sizes) == 0:
+        fewest, k = min(sizes), max(sizes)
+        if fewest == 0:
             raise InputError(f"row {sizes.index(0)}: found no eligible action; expected at least one")
-        k = max(sizes)
         features = self._action_rows(actions, blocks, k).reshape(len(actions), k, len(self.action_columns))
-        if min(sizes) == k:
+        if fewest == k:
             return DecisionBatch(context, features, _all_eligible(len(actions), k), True)
         return DecisionBatch(context, features, np.arange(k) < np.array(sizes)[:, None])
 
@@ -304,9 +306,9 @@ def _all_eligible(n: int, k: int) -> BoolArray:
 def _plain(rows: Sequence[Fields], plan: _Plan, what: str) -> FloatArray:
     """Columns (m, d) of contexts or actions that have plain numbers alone: what `_encode` gives, read and checked at once."""
     if not plan.plain:
-        for row, fields in enumerate(rows):
-            if fields:
-                raise _unknown(fields, plan, row, what)
+        if any(rows):
+            row = next(row for row, fields in enumerate(rows) if fields)
+            raise _unknown(rows[row], plan, row, what)
         return np.empty((len(rows), 0))
     if {len(plan.plain)} != set(map(len, rows)):
         row = next(row for row, fields in enumerate(rows) if len(fields) != len(plan.plain))
@@ -318,7 +320,9 @@ def _plain(rows: Sequence[Fields], plan: _Plan, what: str) -> FloatArray:
     except (KeyError, struct.error, OverflowError):
         _reject_bad_numbers(rows, plan, what)
         raise
-    if not (NUMBERS.issuperset(map(type, values)) and np.vdot(numbers, numbers) < LARGEST**2):
+    # counting floats is faster than asking which types there are, and mostly all there is to do
+    alike = list(map(type, values)).count(float) == len(values) or NUMBERS.issuperset(map(type, values))
+    if not (alike and np.vdot(numbers, numbers) < LARGEST_SQUARED):
         _reject_bad_numbers(rows, plan, what)
     return numbers.reshape(len(rows), -1)
 

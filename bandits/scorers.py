@@ -61,7 +61,8 @@ class Linear:
         """Scores (n, k). Raises InputError where the batch has other features or actions than the weights."""
         try:
             if len(self.action_weights):
-                result = np.vecdot(batch.action_features, self.action_weights) + self.bias
+                result = np.vecdot(batch.action_features, self.action_weights)
+                result += self.bias
             else:
                 result = np.zeros((len(batch), 1)) + self.bias
             if self.context_weights.size:
