@@ -49,8 +49,8 @@ class RewardRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     window_seconds: Positive
     """Events up to this long after the decision count; until then the reward is unknown, not 0."""
     aggregation: Literal["first", "last", "sum", "max", "min"] = "last"
-    default: float | None = 0.0
-    """Value at maturity where no event came; null leaves the row out."""
+    default: float | Literal["unknown"] = 0.0
+    """Value at maturity where no event came; "unknown" leaves the row out."""
     conflict: Literal["exclude", "first", "last"] = "exclude"
     """What becomes of an event id that came with two values."""
     clock_tolerance_seconds: NotNegative = 5.0
@@ -64,8 +64,13 @@ class RewardRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise ValueError(f"{key}: found {getattr(self, key)}; expected a finite number of seconds")
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ValueError(f"low, high: found {self.low}, {self.high}; expected finite numbers, the first smaller")
-        if self.default is not None and not self.low <= self.default <= self.high:
+        if self.default != "unknown" and not self.low <= self.default <= self.high:
             raise ValueError(f"default: found {self.default}; expected a value within [{self.low}, {self.high}]")
+
+    @property
+    def at_maturity(self) -> float | None:
+        """Value of a decision without events once the window has closed; None leaves the row out."""
+        return None if self.default == "unknown" else self.default
 
     def check(self, value: float) -> float:
         """The value. Raises InputError where it lies outside the declared range or is no number."""

@@ -137,7 +137,7 @@ class Reward(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for name in ("tenant", "decision_id", "name"):
-            check_id(name, getattr(self, name))
+            check_id(name, getattr(self, name) or "")
         check_id("event_id", self.event_id or None)
         if not math.isfinite(self.value):
             raise ValueError(f"value: found {self.value}; expected a finite number")
@@ -160,8 +160,10 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
 
 def check_id(field: str, text: str | None) -> None:
     """Raise ValueError unless it is 1 to 128 printable characters: ids end up in logs, file names and terminals."""
-    if text is not None and not (1 <= len(text) <= 128 and text.isprintable()):
-        raise ValueError(f"{field}: found {text[:140]!r}; expected 1 to 128 printable characters")
+    if text is not None and not (isinstance(text, str) and 1 <= len(text) <= 128 and text.isprintable()):
+        raise ValueError(
+            f"{field}: found {text if not isinstance(text, str) else text[:140]!r}; expected 1 to 128 printable characters"
+        )
 
 
 def canonical(value: Any) -> bytes:
@@ -169,9 +171,13 @@ def canonical(value: Any) -> bytes:
 
     Raises InputError for what JSON does not have.
     """
-    _reject_not_json(value, "")
     try:
+        _reject_not_json(value, "")
         return msgspec.json.encode(value, order="sorted")
+    except RecursionError:
+        raise InputError("found a value nested too deeply; expected what a request needs: names, values, lists of them") from None
+    except InputError:
+        raise
     except (ValueError, OverflowError) as error:  # a lone surrogate, an integer beyond 64 bits
         raise InputError(f"found a value that JSON does not have: {error}") from None
 

@@ -6,6 +6,7 @@ A schema is part of every artifact: names, types, levels, what is missing and wh
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
@@ -197,22 +198,34 @@ class FeatureSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dic
         columns = [column for feature in self.action for column in feature.columns()]
         return columns + [name for pair in self._split_pairs[1] for name in self._crossed(pair)]
 
-    def batch(self, contexts: Sequence[Fields], actions: Sequence[Sequence[Fields]] | int) -> DecisionBatch:
-        """Arrays of n requests. `actions`: the features of each row's eligible actions, or their number where they have none.
+    def batch(
+        self, contexts: Sequence[Fields], actions: Sequence[Sequence[Fields]] | int, eligible: BoolArray | None = None
+    ) -> DecisionBatch:
+        """Arrays of n requests. `actions`: the features of each row's actions, or their number where they have none.
+
+        `eligible`: (n, k) which actions of a catalogue each request may take; by default all of them.
 
         Raises InputError naming row, feature, what was found and what was expected.
         """
         if len(contexts) == 0:
             raise InputError("found no request; expected at least one context, which may be empty")
         try:
-            return self._batch(contexts, actions)
+            batch = self._batch(contexts, actions)
         except (TypeError, AttributeError):
             _reject_no_mappings(contexts, actions)
             raise
+        if eligible is None:
+            return batch
+        allowed = np.asarray(eligible, dtype=np.bool_)
+        if allowed.shape != batch.eligible.shape:
+            raise InputError(f"eligible: found shape {allowed.shape}; expected {batch.eligible.shape}, an entry per action")
+        return DecisionBatch.of(batch.context, allowed & batch.eligible, batch.action_features)
 
     def _batch(self, contexts: Sequence[Fields], actions: Sequence[Sequence[Fields]] | int) -> DecisionBatch:
         context, blocks = self._contexts(contexts)
         if isinstance(actions, int):
+            if isinstance(actions, bool):
+                raise TypeError
             if actions < 1:
                 raise InputError(f"row 0: found {actions} eligible actions; expected at least one")
             if self.action:
@@ -357,7 +370,7 @@ def _encode(
 
 
 def _unknown(fields: Fields, plan: _Plan, row: int, what: str) -> InputError:
-    unknown = min(fields.keys() - plan.names)
+    unknown = min(fields.keys() - plan.names, key=str)
     return InputError(f"row {row}, {what} feature {unknown!r}: not in the schema; expected {sorted(plan.names)}")
 
 
@@ -375,7 +388,7 @@ def _reject_no_mappings(contexts: Sequence[Any], actions: Any) -> None:
     for row, fields in enumerate(contexts):
         if not isinstance(fields, Mapping):
             raise InputError(f"row {row}: found a {type(fields).__name__} as context; expected a mapping of names to values")
-    if not isinstance(actions, int | Sequence):
+    if isinstance(actions, bool) or not isinstance(actions, int | Sequence):
         raise InputError(f"actions: found a {type(actions).__name__}; expected one list of mappings per row, or a number")
     for row, members in enumerate([] if isinstance(actions, int) else actions):
         if isinstance(members, str | Mapping) or not isinstance(members, Sequence):
@@ -403,5 +416,9 @@ def _table(
 
 
 def _wrong(name: str, value: Any, expected: str) -> InputError:
+    if type(value) in NUMBERS and abs(value) >= LARGEST and abs(value) != math.inf:
+        expected = expected.replace("a finite number", f"a number below {LARGEST:g} in size")
+    elif isinstance(value, np.generic):
+        expected += ", of Python's own types"
     found = "nothing" if value is None else repr(value)[:80]
     return InputError(f"feature {name!r}: found {found}; expected {expected}")

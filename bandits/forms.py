@@ -59,6 +59,8 @@ def to_form(policy: Policy) -> Form:
 
 def from_form(form: Form) -> Policy:
     """The policy of a form. Raises InputError for an unknown kind, setting or array."""
+    if not isinstance(form.document, dict):
+        raise InputError(f"policy: found a {type(form.document).__name__}; expected a document with a kind")
     policy = _decode(form.document, "policy", form.arrays)
     if type(policy) not in POLICIES:
         raise InputError(f"policy: found kind {form.document.get('kind')!r}; expected one of {', '.join(p.kind for p in POLICIES)}")
@@ -67,18 +69,44 @@ def from_form(form: Form) -> Policy:
 
 def to_bytes(form: Form) -> tuple[bytes, bytes]:
     """(canonical JSON, npz) of a form: the same bytes for the same policy, on any day."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **dict(sorted(form.arrays.items())))  # type: ignore[arg-type]
-    return canonical(form.document), buffer.getvalue()
+    return canonical(form.document), write_arrays(form.arrays)
 
 
 def from_bytes(document: bytes, arrays: bytes) -> Form:
     """The form in these bytes. Raises InputError where they are not JSON and a plain npz."""
     try:
-        with np.load(io.BytesIO(arrays), allow_pickle=False) as loaded:
-            return Form(msgspec.json.decode(document, type=dict[str, Any]), {name: loaded[name] for name in loaded.files})
-    except (ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        return Form(msgspec.json.decode(document, type=dict[str, Any]), read_arrays(arrays))
+    except (msgspec.MsgspecError, ValueError) as error:
         raise InputError(f"found bytes that hold no policy ({error}); expected JSON and an npz without pickles") from None
+
+
+def write_arrays(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """An npz of plain arrays: the same bytes for the same arrays, whatever their order."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **dict(sorted(arrays.items())))  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def read_arrays(raw: bytes) -> dict[str, NDArray[Any]]:
+    """The arrays of an npz. Raises InputError for anything but numbers, stored as they are.
+
+    Members are never inflated: a few bytes could become gigabytes.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as members:
+            listed = members.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in listed) or sum(m.file_size for m in listed) > len(raw):
+            raise InputError("found compressed arrays; expected an npz whose members are stored as they are")
+        with np.load(io.BytesIO(raw), allow_pickle=False) as loaded:
+            arrays = {name: loaded[name] for name in loaded.files}
+    except (ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, NotImplementedError, zipfile.BadZipFile) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"found bytes that hold no arrays ({error}); expected an npz without pickles") from None
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+            raise InputError(f"array {name!r}: found {getattr(array, 'dtype', 'raw bytes')}; expected numbers")
+    return arrays
 
 
 def _encode(value: Any, place: str, arrays: dict[str, NDArray[Any]]) -> Any:
@@ -123,7 +151,7 @@ def _decode(value: Any, place: str, arrays: Mapping[str, NDArray[Any]]) -> Any:
             raise InputError(f"{place}.{name}: found {value[name]!r}; expected a part with a kind")
     try:
         part = kind(**{name: setting for name, setting in settings.items() if known[name].init})
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"{place}: {error}") from None
     for name in settings:
         expected = getattr(part, name)

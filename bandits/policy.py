@@ -14,7 +14,7 @@ import numpy as np
 
 from bandits import exploration
 from bandits.batch import DecisionBatch
-from bandits.posteriors import BayesianLinear, BetaBernoulli
+from bandits.posteriors import BayesianLinear, BetaBernoulli, NormalMean
 from bandits.scorers import Scorer, frozen
 from ope.data import FloatArray, InputError
 
@@ -124,8 +124,8 @@ class Thompson:
     form, and so under the digest that every decision names. Put a floor on it: an action that won no draw has probability 0.
     """
 
-    posterior: BetaBernoulli | BayesianLinear
-    """Of the reward of each action, or of weights on the action features."""
+    posterior: BetaBernoulli | NormalMean | BayesianLinear
+    """Of the reward of each named action, or of weights on the action features."""
     draws: int = 1000
     seed: int = 0
     error: float = field(init=False)
@@ -143,12 +143,13 @@ class Thompson:
     def propensities(self, batch: DecisionBatch) -> FloatArray:
         """(n, k)"""
         sampled = self._sampled
-        found = batch.eligible.shape[1] if isinstance(self.posterior, BetaBernoulli) else batch.action_features.shape[2]
+        linear = isinstance(self.posterior, BayesianLinear)
+        found = batch.action_features.shape[2] if linear else batch.eligible.shape[1]
         if found != sampled.shape[1]:
             raise InputError(
                 f"found a batch of {found} actions, or action features; expected {sampled.shape[1]}, as in the posterior"
             )
-        if isinstance(self.posterior, BetaBernoulli):
+        if not linear:
             if batch.full:
                 return np.repeat(exploration.winning_share(sampled[:, None, :], None), len(batch), axis=0)
             return _by_rows(batch, lambda part: np.repeat(sampled[:, None, :], len(part), axis=1), self.draws)
@@ -157,9 +158,10 @@ class Thompson:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class UCB:
-    """The highest mean + α·sd under a linear posterior, with a floor, without which its log could value nothing."""
+    """The highest mean + α·sd under a posterior, with a floor, without which its log could value nothing."""
 
-    posterior: BayesianLinear
+    posterior: BetaBernoulli | NormalMean | BayesianLinear
+    """Of the reward of each named action, or of weights on the action features."""
     alpha: float = 1.0
     floor: float = 0.02
     kind: ClassVar[str] = "ucb"
@@ -170,7 +172,13 @@ class UCB:
 
     def propensities(self, batch: DecisionBatch) -> FloatArray:
         """(n, k)"""
-        mean, variance = self.posterior.predict(batch.action_features)
+        if isinstance(self.posterior, BayesianLinear):
+            mean, variance = self.posterior.predict(batch.action_features)
+        else:
+            mean, variance = self.posterior.mean(), self.posterior.variance()
+            if mean.shape != batch.eligible.shape[1:]:
+                raise InputError(f"found a batch of {batch.eligible.shape[1]} actions; expected {len(mean)}, as in the posterior")
+            mean, variance = (np.broadcast_to(each, batch.eligible.shape) for each in (mean, variance))
         best = exploration.greedy(mean + self.alpha * np.sqrt(variance), batch.mask)
         return exploration.with_floor(best, batch.mask, self.floor)
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from scipy.special import expit
 from sklearn.base import clone
 
 from bandits.batch import DecisionBatch
 from bandits.oracles import BoostedTrees, fit_calibration
 from bandits.scorers import Calibrated, Linear, Scorer, Trees, log_odds
 from bandits.softmax_linear import problem_of, regression_direction
-from ope.data import FloatArray, InputError, LoggedData, assign_folds
+from ope.data import FloatArray, InputError, IntArray, LoggedData, assign_folds
 from ope.nuisance import fit_reward
 
 Predict = Callable[[FloatArray], FloatArray]
@@ -109,14 +110,14 @@ def _any(oracle: Any, data: LoggedData, k: int) -> Linear | Fitted:
     featured = data.action_features is not None
     if data.action_features is not None:
         seen = data.action_features[np.arange(data.n), data.action]
-        members = [np.arange(data.n)]
+        members: list[IntArray] = [np.arange(data.n)]
     else:
         seen = np.empty((data.n, 0)) if data.context is None else data.context
         members = [np.flatnonzero(data.action == action) for action in range(k)]
     overall = float(np.average(data.reward, weights=data.sample_weight))
     models = [_model(oracle, data, seen, rows, overall) for rows in members]
     for link in LINKS:
-        lines = _lines(models, seen, link)
+        lines = _lines(models, seen, members, link)
         if lines is not None:
             bias, weights = lines
             if featured:
@@ -131,24 +132,30 @@ def _model(oracle: Any, data: LoggedData, seen: FloatArray, rows: Any, overall: 
     return fit_reward(oracle, seen[rows], data.reward[rows], None if data.sample_weight is None else data.sample_weight[rows])
 
 
-def _lines(models: Sequence[Predict], seen: FloatArray, link: Link) -> tuple[FloatArray, FloatArray] | None:
+def _lines(
+    models: Sequence[Predict], seen: FloatArray, members: Sequence[IntArray], link: Link
+) -> tuple[FloatArray, FloatArray] | None:
     """Intercepts (m,) and slopes (m, d) of models that are straight lines (of log-odds) wherever the log has been, else None.
 
-    A line is known from its values at the centre and one spread away from it along each feature.
+    A line is known from its values at the centre of the rows that a model was fitted on, and a little away from it along each
+    feature; near there log-odds are far from where float64 cannot tell a probability from 1.
     """
     rows, d = seen[:: 1 + len(seen) // PROBED], seen.shape[1]
-    centre, spread = seen.mean(axis=0), np.where(seen.std(axis=0) > 0, seen.std(axis=0), 1.0)
-    probes = np.concatenate((centre[None], centre + np.diag(spread), rows))
     bias, weights = np.empty(len(models)), np.empty((len(models), d))
-    for index, model in enumerate(models):
-        value = model(probes)
+    for index, (model, own) in enumerate(zip(models, members, strict=True)):
+        near = seen[own] if len(own) else seen
+        centre, spread = near.mean(axis=0), np.where(near.std(axis=0) > 0, near.std(axis=0), 1.0)
+        probes, value = np.concatenate((centre[None], centre + np.diag(spread))), model(rows)
+        known = model(probes)
         if link == "logistic":
-            if not ((value >= 0) & (value <= 1)).all():
+            if not all(((each >= 0) & (each <= 1)).all() for each in (value, known)):
                 return None
-            value = log_odds(value)
-        slope = (value[1 : d + 1] - value[0]) / spread
-        line = value[0] + (rows - centre) @ slope
-        if np.abs(line - value[d + 1 :]).max() > 1e-6 * (1e-3 + np.ptp(value)):
+            known = log_odds(known)
+        slope = (known[1:] - known[0]) / spread
+        line = known[0] + (rows - centre) @ slope
+        if link == "logistic":
+            line = expit(line)
+        if np.abs(line - value).max() > 1e-7 * (1e-2 + np.ptp(value)):
             return None
-        bias[index], weights[index] = value[0] - centre @ slope, slope
+        bias[index], weights[index] = known[0] - centre @ slope, slope
     return bias, weights

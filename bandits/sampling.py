@@ -31,8 +31,8 @@ class Salt:
     key: bytes = field(repr=False)
 
     def __post_init__(self) -> None:
-        if not 16 <= len(self.key) <= 64:
-            raise InputError(f"found a salt of {len(self.key)} bytes; expected 16 to 64 random bytes")
+        if not isinstance(self.key, bytes) or not 16 <= len(self.key) <= 64:
+            raise InputError(f"found a salt of {len(self.key)} {type(self.key).__name__}; expected 16 to 64 random bytes")
 
     def uniform(self, tenant: str, decision_id: str) -> int:
         """A number in [0, 2^31): the top bits of BLAKE2b, keyed, over length-prefixed tenant and decision id."""
@@ -85,11 +85,12 @@ def quantise_rows(vectors: FloatArray, eligible: BoolArray, *, explore: bool = T
 
 def choose(shares: Sequence[int], u: int) -> int:
     """Index of the action into whose share the number u in [0, 2^31) falls."""
+    left = u
     for index, share in enumerate(shares):
-        u -= share
-        if u < 0:
+        left -= share
+        if left < 0 <= u:
             return index
-    raise InputError(f"found shares that sum to less than u + 1; expected a sum of {TOTAL}")
+    raise InputError(f"found u = {u} and shares that sum to {sum(shares)}; expected u from 0 and a sum of {TOTAL}")
 
 
 def choose_rows(shares: IntArray, u: IntArray) -> IntArray:
@@ -98,5 +99,5 @@ def choose_rows(shares: IntArray, u: IntArray) -> IntArray:
 
 
 def _shown(vector: Sequence[float]) -> str:
-    shown = ", ".join(f"{p:.6g}" for p in vector[:8])
+    shown = ", ".join(f"{p:.6g}" if isinstance(p, int | float) else repr(p) for p in vector[:8])
     return f"[{shown}{', ...' if len(vector) > 8 else ''}]"

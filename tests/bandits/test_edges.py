@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from functools import reduce
 
 import msgspec
 import numpy as np
@@ -12,14 +13,17 @@ from scipy.stats import power_divergence
 
 from bandits import exploration
 from bandits.batch import DecisionBatch
-from bandits.decision_point import parse_decision_point
+from bandits.decision_point import RewardRule, parse_decision_point
 from bandits.events import Decision, canonical
 from bandits.features import FeatureSchema, Number
 from bandits.forms import Form, from_bytes, from_form, to_bytes, to_form
+from bandits.learners import OracleGreedy
+from bandits.oracles import logistic
 from bandits.policy import UCB, Bagging, FastCB, InverseGap, Mixture, Softmax, Thompson, Uniform
-from bandits.posteriors import BayesianLinear, BetaBernoulli
-from bandits.sampling import TOTAL, Salt, quantise, quantise_rows
+from bandits.posteriors import BayesianLinear, BetaBernoulli, NormalMean
+from bandits.sampling import TOTAL, Salt, choose, quantise, quantise_rows
 from bandits.scorers import Linear
+from ope import LoggedData
 from ope.data import InputError
 
 LINEAR = Linear(np.zeros(1), np.empty((0, 0)), np.linspace(-0.1, 0.1, 20))
@@ -193,3 +197,66 @@ def test_ten_million_draws_follow_the_shares() -> None:
         counts += np.bincount(np.searchsorted(np.cumsum(shares), drawn, side="right"), minlength=6)
     test = power_divergence(counts, np.array(shares) / TOTAL * 10_000_000, lambda_="log-likelihood")
     assert test.pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: quantise(["a", "b"]), "found probabilities \\['a', 'b'\\]"),
+        (lambda: quantise([None, 1.0]), "found probabilities \\[None, 1\\]"),
+        (lambda: Salt(1, "k" * 32), "found a salt of 32 str"),
+        (lambda: choose([2**30, 2**30], -1), "found u = -1"),
+        (lambda: choose([2**30], 2**30), "expected u from 0"),
+        (lambda: from_form(Form([1], {})), "found a list; expected a document"),
+        (
+            lambda: from_form(Form({"kind": "greedy", "scorer": {"kind": "linear", "bias": "abc", "context_weights": 0}}, {})),
+            "policy.scorer",
+        ),
+        (lambda: canonical(reduce(lambda inner, _: [inner], range(5000), [])), "nested too deeply"),
+        (lambda: FeatureSchema().batch([{}], True), "found a bool; expected"),
+        (lambda: FeatureSchema().batch([{1: 2, "z": 3}], 2), "feature 1: not in the schema"),
+        (lambda: FeatureSchema(context=(Number("x"),)).batch([{"x": 1e308}], 2), "expected a number below 1e\\+50 in size"),
+        (lambda: FeatureSchema(context=(Number("x"),)).batch([{"x": np.float64(1)}], 2), "of Python's own types"),
+        (lambda: FeatureSchema().batch([{}], 2, np.ones((1, 3), dtype=bool)), "eligible: found shape"),
+        (lambda: FeatureSchema().batch([{}], 2, np.zeros((1, 2), dtype=bool)), "no eligible action"),
+        (lambda: UCB(NormalMean.prior(2)).propensities(FeatureSchema().batch([{}], 3)), "found a batch of 3 actions; expected 2"),
+    ],
+)
+def test_mistakes_of_callers_are_told_what_was_found(make, said):
+    with pytest.raises(InputError, match=said):
+        make()
+
+
+def test_a_catalogue_with_exclusions_is_masked():
+    batch = FeatureSchema().batch([{}, {}], 3, np.array([[True, False, True], [True, True, True]]))
+    assert Uniform().propensities(batch).tolist() == [[0.5, 0.0, 0.5], [1 / 3] * 3]
+
+
+def test_normal_and_beta_beliefs_about_named_actions_decide():
+    """A hundred rows each of means 0, .5 and 1 with unit noise: the last is best in nearly every draw."""
+    belief = NormalMean.prior(3).update(np.repeat([0, 1, 2], 100), np.repeat([0.0, 0.5, 1.0], 100))
+    batch = FeatureSchema().batch([{}, {}], 3, np.array([[True] * 3, [True, True, False]]))
+    vectors = Thompson(belief, 2000).propensities(batch)
+    assert vectors[0, 2] == pytest.approx(0.9998, abs=0.001)  # the chance that N(.5, sd .14) exceeds 0
+    assert vectors[1, 2] == 0
+    assert vectors[1, 1] > 0.99
+    assert UCB(belief, floor=0.03).propensities(batch).argmax(axis=1).tolist() == [2, 1]
+    assert UCB(BetaBernoulli.prior(3).update([1], [1.0]), floor=0.03).propensities(batch).argmax(axis=1).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("k", [100, 1000])
+def test_logistic_models_of_hardly_tried_actions_are_carried_too(k):
+    """Two rows an action: most models are constants or nearly certain."""
+    rng = np.random.default_rng(0)
+    action, context = rng.integers(0, k, 2000), rng.normal(size=(2000, 3))
+    reward = (rng.random(2000) < 1 / (1 + np.exp(-context[:, 0]))).astype(float)
+    data = LoggedData(action=action, reward=reward, propensity=np.full(2000, 1 / k), context=context)
+    policy = OracleGreedy(logistic()).fit(data, k=k)
+    assert isinstance(policy.scorer, Linear)
+    batch = DecisionBatch.of(context[:50], np.ones((50, k), dtype=bool))
+    assert np.array_equal(from_form(to_form(policy)).propensities(batch), policy.propensities(batch))
+
+
+def test_unknown_at_maturity_leaves_a_row_out():
+    rules = [RewardRule("r", 0.0, 1.0, 60.0, default=default) for default in (0.0, 0.5, "unknown")]
+    assert [rule.at_maturity for rule in rules] == [0.0, 0.5, None]
