@@ -67,7 +67,8 @@ def deciding() -> None:
         vw: Any = _workspace("--cb_explore_adf --epsilon 0.02")
         lines = [f"|a {' '.join(f'{name}:{value:.6f}' for name, value in fields.items())}" for fields in request[0]]
         show("vw decide from text", cpu_us=microseconds(lambda: vw.predict(lines), 500))
-        show("vw decide, parsed", cpu_us=microseconds(lambda: vw.predict(vw.parse(lines)), 500))
+        parsed = vw.parse(lines)
+        show("vw decide, parsed", cpu_us=microseconds(lambda: vw.predict(parsed), 500))
     if importlib.util.find_spec("mabwiser"):
         from mabwiser.mab import MAB, LearningPolicy
 
