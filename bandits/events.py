@@ -159,9 +159,9 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def check_id(field: str, text: str | None) -> None:
-    """Raise ValueError unless it is 1 to 128 printable characters: ids end up in logs, file names and terminals."""
+    """Raise InputError unless it is 1 to 128 printable characters: ids end up in logs, file names and terminals."""
     if text is not None and not (isinstance(text, str) and 1 <= len(text) <= 128 and text.isprintable()):
-        raise ValueError(
+        raise InputError(
             f"{field}: found {text if not isinstance(text, str) else text[:140]!r}; expected 1 to 128 printable characters"
         )
 

@@ -99,7 +99,7 @@ def read_arrays(raw: bytes) -> dict[str, NDArray[Any]]:
             raise InputError("found compressed arrays; expected an npz whose members are stored as they are")
         with np.load(io.BytesIO(raw), allow_pickle=False) as loaded:
             arrays = {name: loaded[name] for name in loaded.files}
-    except (ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, NotImplementedError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"found bytes that hold no arrays ({error}); expected an npz without pickles") from None

@@ -1,0 +1,58 @@
+"""`propel policy list|show|promote|rollback|freeze|verify` on a registry."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from propel import app
+from tests.bandits.test_registry import execute, registry
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: Any) -> Any:
+    return registry(tmp_path_factory.mktemp("cli"), policies=2)
+
+
+def run(store: Any, *words: str) -> Result:
+    return CliRunner().invoke(app, ["policy", *words, "--registry", str(store[0].folder)])
+
+
+def test_from_nothing_to_promoted_rolled_back_frozen_and_verified(store: Any) -> None:
+    _, (first, second) = store
+    why = ("--who", "ops", "--why", "better")
+    assert "night-0" in run(store, "list").stdout
+    assert "serving" not in run(store, "list").stdout
+    assert f"promote route nothing -> {first[:16]}  by ops: better" in run(store, "promote", first[:12], *why).stdout
+    promoted = json.loads(run(store, "promote", second, *why, "--json").stdout)
+    assert (promoted["from_digest"], promoted["to_digest"], promoted["line"]) == (first, second, 2)
+    rows = json.loads(run(store, "list", "--json").stdout)
+    assert [(row["digest"], row["serving"]) for row in rows] == [(first, False), (second, True)]
+    assert rows[1]["decision_point"] == "route"
+    shown = json.loads(run(store, "show", second[:10], "--json").stdout)
+    assert shown["manifest"]["name"] == "night-1"
+    assert [line["line"] for line in shown["ledger"]] == [2]
+    assert "night-1@" in run(store, "show", second).stdout
+    assert json.loads(run(store, "rollback", "route", *why, "--json").stdout)["to_digest"] == first
+    assert run(store, "freeze", "route", *why).exit_code == 0
+    refused = run(store, "promote", second, *why)
+    assert (refused.exit_code, "is frozen" in refused.stderr) == (2, True)
+    assert run(store, "freeze", "route", *why, "--off").exit_code == 0
+    well = run(store, "verify")
+    assert (well.exit_code, well.stdout) == (0, "5 lines of the ledger and every artifact are as they were written.\n")
+    execute(store[0], "UPDATE pointers SET frozen = 1")
+    wrong = run(store, "verify", "--json")
+    assert wrong.exit_code == 3
+    assert "decision point 'route'" in json.loads(wrong.stdout)["wrong"][0]
+
+
+def test_a_folder_without_a_registry_and_an_estimate_that_is_no_json(store: Any, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["policy", "list", "--registry", str(tmp_path)])
+    assert (result.exit_code, "found no registry" in result.stderr) == (2, True)
+    (tmp_path / "estimate.json").write_text("{")
+    result = run(store, "promote", store[1][0], "--who", "ops", "--why", "x", "--estimate", str(tmp_path / "estimate.json"))
+    assert (result.exit_code, "expected JSON" in result.stderr) == (2, True)
