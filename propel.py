@@ -187,7 +187,7 @@ def compare(
         from pipelines.compare import compare as compare_learners
         from pipelines.compare import learners_named
         from pipelines.frame import ColumnMap
-        from pipelines.importers import read_log
+        from pipelines.importers.files import read_log
 
         columns = ColumnMap(
             action=action,

@@ -23,7 +23,7 @@ from ope.nuisance import Split, cross_fit_reward, cross_splits
 from ope.selection import Selection, halves, select
 from ope.simulate import softmax
 from pipelines.compare import report_on
-from pipelines.importers import open_bandit
+from pipelines.importers.open_bandit import open_bandit
 from pipelines.report import write_demo_report
 from pipelines.tables import number, print_reports, reasons
 

@@ -13,7 +13,7 @@ from ope.estimators import Estimator, estimator
 from ope.intervals import Interval
 from ope.nuisance import Design, cross_fit_reward
 from pipelines.frame import ColumnMap, Log
-from pipelines.importers import column_names, read_log, read_policy
+from pipelines.importers.files import column_names, read_log, read_policy
 
 FOLDS = 3
 """Folds of the cross-fitted reward model."""

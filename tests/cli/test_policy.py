@@ -15,7 +15,7 @@ from bandits.learners import DR
 from ope import evaluate
 from ope.selection import halves
 from pipelines.frame import ColumnMap
-from pipelines.importers import read_log
+from pipelines.importers.files import read_log
 from propel import app
 
 

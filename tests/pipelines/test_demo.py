@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from pipelines.demo import THOMPSON, Demo, compute, conclusion, forecasts, print_demo
-from pipelines.importers import open_bandit
+from pipelines.importers.open_bandit import open_bandit
 from pipelines.report import write_demo_report
 
 

@@ -1,12 +1,10 @@
-"""Logs and policies from files: Parquet or CSV with a column map, and the bundled sample of the Open Bandit Dataset."""
+"""Logs and policies from Parquet or CSV files, with a map of their columns."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -18,28 +16,9 @@ from pipelines.frame import ColumnMap, Log, action_vectors, is_vector, numbers, 
 MAX_CELLS = 2_000_000_000
 """Largest matrix of probabilities that is made up: 16 GB."""
 
-OPEN_BANDIT = ColumnMap(action="item_id", reward="click", propensity="propensity_score")
-"""Columns of the Open Bandit Dataset, in the publisher's names."""
-
-
 def read_log(path: Path, columns: ColumnMap, *, also: Sequence[str] = (), k: int | None = None) -> Log:
     """A validated log from a Parquet or CSV file. `also`: further columns to keep where there are any, such as a policy's."""
     return to_log(read_frame(path, [*columns.named().values(), *columns.context], also), columns, str(path), k=k)
-
-
-def open_bandit(policy: Literal["random", "bts"]) -> Log:
-    """The bundled sample, 10,000 rows: "random", the uniform policy, or "bts", Bernoulli Thompson sampling.
-
-    The context is the position and the four hashed user features. Thompson sampling's propensities were estimated by the
-    publisher, so verdicts on that log are at most `caution`.
-    """
-    folder = resources.files("pipelines") / "data" / "open_bandit"
-    with resources.as_file(folder / f"{policy}_all.parquet") as path:
-        frame = pl.read_parquet(path)
-    frame = frame.with_columns(pl.col("position").cast(pl.String))
-    context = ("position", *(f"user_feature_{i}" for i in range(4)))
-    columns = ColumnMap(OPEN_BANDIT.action, OPEN_BANDIT.reward, OPEN_BANDIT.propensity, context=context)
-    return to_log(frame, columns, f"open_bandit/{policy}_all.parquet", estimated=policy == "bts")
 
 
 def read_policy(spec: str, log: Log, k: int | None = None, there: Sequence[str] = ()) -> Target:
