@@ -16,6 +16,7 @@ from pipelines.frame import ColumnMap, Log, action_vectors, is_vector, numbers, 
 MAX_CELLS = 2_000_000_000
 """Largest matrix of probabilities that is made up: 16 GB."""
 
+
 def read_log(path: Path, columns: ColumnMap, *, also: Sequence[str] = (), k: int | None = None) -> Log:
     """A validated log from a Parquet or CSV file. `also`: further columns to keep where there are any, such as a policy's."""
     return to_log(read_frame(path, [*columns.named().values(), *columns.context], also), columns, str(path), k=k)
