@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipelines.policy_commands import policy_app
+from pipelines.terminal import (
+    ALL_REFUSED,
+    BAD_INPUT,
+    ActionColumn,
+    ActionCount,
+    AsJson,
+    AsJsonObject,
+    ClusterColumn,
+    EligibleColumn,
+    Force,
+    Labels,
+    LogFile,
+    PropensitiesColumn,
+    PropensityColumn,
+    RewardColumn,
+    Seed,
+    WeightColumn,
+    bad_input,
+    progress,
+    split,
+)
+
 if TYPE_CHECKING:
-    from bandits.registry import Entry, Registry
     from ope.intervals import Interval
 
 app = typer.Typer(
@@ -25,32 +44,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-policy_app = typer.Typer(name="policy", help="Learn policies from a log, and compare them.", no_args_is_help=True)
 app.add_typer(policy_app)
-
-BAD_INPUT, ALL_REFUSED = 2, 3
-
-LogFile = Annotated[Path, typer.Option(help="Log of decisions: a .parquet or .csv file, one row per decision.")]
-ActionColumn = Annotated[str, typer.Option(help="Column of the action taken: an index 0..k-1, or a label.")]
-RewardColumn = Annotated[str, typer.Option(help="Column of the reward.")]
-PropensityColumn = Annotated[str, typer.Option(help="Column of the logged action's propensity.")]
-PropensitiesColumn = Annotated[str | None, typer.Option(help="Column of the logging policy's whole vector, a list per row.")]
-EligibleColumn = Annotated[str | None, typer.Option(help="Column of the eligible actions, a list per row.")]
-ClusterColumn = Annotated[str | None, typer.Option(help="Column of the unit (user, card) whose rows depend on each other.")]
-WeightColumn = Annotated[str | None, typer.Option(help="Column of sample weights.")]
-ActionCount = Annotated[int | None, typer.Option(min=1, help="Number of actions k, where the log does not show them all.")]
-Labels = Annotated[str | None, typer.Option(help="Comma-separated labels of text actions, in the order of the entries of vectors.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of folds and resamples.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print a list of objects, one per estimate.")]
-Force = Annotated[bool, typer.Option(help="Show the numbers of refused estimates.")]
-
-
-RegistryFolder = Annotated[Path, typer.Option(help="Folder of the registry.", envvar="PROPEL_REGISTRY")]
-AsJsonObject = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Digest = Annotated[str, typer.Argument(help="Digest of the artifact, or its beginning.")]
-Point = Annotated[str, typer.Argument(help="Name of the decision point.")]
-Why = Annotated[str, typer.Option(help="Reason, for whoever reads the ledger later.")]
-Who = Annotated[str, typer.Option(help="Who does this.", envvar="USER")]
 
 
 class IntervalKind(StrEnum):
@@ -66,6 +60,14 @@ class DesignKind(StrEnum):
 
     additive = "additive"
     per_action = "per_action"
+
+
+class FormatKind(StrEnum):
+    """Formats that `propel import` reads."""
+
+    dsjson = "dsjson"
+    open_bandit = "open-bandit"
+    exposures = "exposures"
 
 
 @app.callback(invoke_without_command=True)
@@ -116,11 +118,11 @@ def ope(
 
     Exit codes: 0 good, 2 bad input, 3 when every requested estimate is refused.
     """
-    with _bad_input():
+    with bad_input():
         from pipelines.evaluate import FOLDS, evaluate_file
         from pipelines.frame import ColumnMap
 
-    with _bad_input(), _progress("Fitting the reward model", FOLDS) as advance:
+    with bad_input(), progress("Fitting the reward model", FOLDS) as advance:
         log_and_report = evaluate_file(
             log,
             policy,
@@ -132,11 +134,11 @@ def ope(
                 eligible=eligible,
                 sample_weight=weight,
                 cluster=cluster,
-                context=tuple(_split(context) or ()),
-                labels=tuple(_split(labels) or ()),
+                context=tuple(split(context) or ()),
+                labels=tuple(split(labels) or ()),
             ),
             baseline=baseline,
-            estimators=_split(estimators, keep_parentheses=True),
+            estimators=split(estimators, keep_parentheses=True),
             interval=_interval(interval, weight_bound, reward_range, resamples, seed),
             level=level,
             k=actions,
@@ -159,172 +161,74 @@ def ope(
         raise typer.Exit(ALL_REFUSED)
 
 
-@policy_app.command()
-def compare(
-    log: LogFile,
-    context: Annotated[str, typer.Option(help="Comma-separated columns that policies may look at.")],
-    learners: Annotated[
-        str | None, typer.Option(help="Comma-separated, such as `IPS,DR,oracle-greedy (trees)`. Default: all.")
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="Log of another system: a file, or a folder of the Open Bandit Dataset.")],
+    to: Annotated[Path, typer.Option(help="Folder for the events and the report; must be new.")],
+    kind: Annotated[FormatKind | None, typer.Option("--format", help="Format of the source. Default: what it looks like.")] = None,
+    decision_point: Annotated[str, typer.Option(help="Name of the decision point.")] = "imported",
+    tenant: Annotated[str, typer.Option(help="Name of the tenant.")] = "imported",
+    reward_name: Annotated[str, typer.Option(help="Name of the reward.")] = "reward",
+    unit: Annotated[str | None, typer.Option(help="The unit (user, card): a column; dsjson: a dotted path of the context.")] = None,
+    context: Annotated[str | None, typer.Option(help="Comma-separated columns of the context; dsjson: dotted paths.")] = None,
+    action: Annotated[str, typer.Option(help="exposures: column of the action served.")] = "action",
+    reward: Annotated[str | None, typer.Option(help="exposures: column of the outcome.")] = None,
+    propensity: Annotated[str | None, typer.Option(help="exposures: column of the served action's propensity.")] = None,
+    traffic: Annotated[
+        str | None, typer.Option("--split", help="exposures: the split that the tool drew with, as `control=0.5,treatment=0.5`.")
     ] = None,
-    action: ActionColumn = "action",
-    reward: RewardColumn = "reward",
-    propensity: PropensityColumn = "propensity",
-    propensities: PropensitiesColumn = None,
-    eligible: EligibleColumn = None,
-    cluster: ClusterColumn = None,
-    weight: WeightColumn = None,
-    actions: ActionCount = None,
-    labels: Labels = None,
-    seed: Seed = 0,
-    as_json: AsJson = False,
-    force: Force = False,
+    time: Annotated[str | None, typer.Option(help="exposures: column of the time.")] = None,
+    decision_id: Annotated[str | None, typer.Option(help="exposures: column of the decision's id.")] = None,
+    pass_probability: Annotated[str | None, typer.Option(help="exposures: column of each row's probability of being kept.")] = None,
+    pass_in_label: Annotated[
+        bool, typer.Option("--pass-in-label", help="dsjson: the label's probability includes that of the line being kept.")
+    ] = False,
+    estimated: Annotated[bool, typer.Option("--estimated", help="Propensities are estimates.")] = False,
+    as_json: AsJsonObject = False,
 ) -> None:
-    """Let every learner learn on one half of a log, and value what it learned on the other half.
+    """Turn a log of another system into events, and say what it lacks.
 
-    Exit codes: 0 good, 2 bad input, 3 when every learned policy's estimates are refused.
+    Exit codes: 0 something was imported (what was not is reported), 2 nothing could be.
     """
-    with _bad_input():
-        from pipelines.compare import compare as compare_learners
-        from pipelines.compare import learners_named
-        from pipelines.frame import ColumnMap
-        from pipelines.importers.files import read_log
+    with bad_input():
+        from pipelines.importers.events import Naming
+        from pipelines.importers.exposures import Exposures
+        from pipelines.imports import import_log, print_import
 
-        columns = ColumnMap(
-            action=action,
-            reward=reward,
-            propensity=propensity,
-            propensities=propensities,
-            eligible=eligible,
-            sample_weight=weight,
-            cluster=cluster,
-            context=tuple(_split(context) or ()),
-            labels=tuple(_split(labels) or ()),
-        )
-        read = read_log(log, columns, k=actions)
-        chosen = learners_named(_split(learners), read.data.reward)
-        with _progress("Learning", len(chosen)) as advance:
-            reports = compare_learners(read.data, chosen, k=read.width(actions), seed=seed, progress=advance)
+        names = tuple(split(context) or ())
+
+        def table() -> Exposures:
+            return Exposures(
+                action=action, reward=reward, propensity=propensity, split=_shares(traffic), decision_id=decision_id, unit=unit,
+                time=time, pass_probability=pass_probability, context=names,
+            )  # fmt: skip
+
+        naming = Naming(decision_point, tenant, reward_name, unit, names or None)
+        with progress("Importing", source.stat().st_size if source.is_file() else 1, bytes_read=True) as advance:
+            report = import_log(
+                source, to, naming, kind=None if kind is None else kind.value, exposures=table, pass_in_label=pass_in_label,
+                estimated=estimated, progress=advance,
+            )  # fmt: skip
     if as_json:
-        records = [{"policy": name} | record for name, report in reports.items() for record in report.to_records(force=force)]
-        typer.echo(json.dumps(records, indent=2, allow_nan=False))
+        typer.echo(json.dumps(report.to_record(), indent=2))
     else:
         from rich.console import Console
 
-        from pipelines.tables import print_reports
-
-        title = f"Learned on one half of {log}, valued on the other; Delta: against the logging policy"
-        print_reports(Console(), title, reports, force=force)
-    if all(report.refused for name, report in reports.items() if name in chosen):
-        raise typer.Exit(ALL_REFUSED)
+        print_import(Console(), report, to)
+    if not report.files:
+        raise typer.Exit(BAD_INPUT)
 
 
-@policy_app.command("list")
-def list_policies(registry: RegistryFolder = Path("registry"), as_json: AsJsonObject = False) -> None:
-    """Artifacts of a registry, oldest first, and where each is served."""
-    with _bad_input():
-        store = _registry(registry)
-        pointers = store.pointers()
-        rows: list[dict[str, Any]] = [
-            {
-                "digest": digest,
-                "name": manifest.name,
-                "decision_point": manifest.decision_point,
-                "serving": pointers[manifest.decision_point].digest == digest if manifest.decision_point in pointers else False,
-                "frozen": pointers[manifest.decision_point].frozen if manifest.decision_point in pointers else False,
-                "parent": manifest.parent,
-            }
-            for digest, manifest in store.manifests().items()
-        ]
-    if as_json:
-        typer.echo(json.dumps(rows, indent=2))
-        return
-    if not rows:
-        typer.echo(f"No artifact in {registry}.")
-    for row in rows:
-        marks = " serving" * row["serving"] + " frozen" * row["frozen"]
-        typer.echo(f"{row['digest'][:16]}  {row['decision_point']}  {row['name']}{marks}")
-
-
-@policy_app.command()
-def show(digest: Digest, registry: RegistryFolder = Path("registry"), as_json: AsJsonObject = False) -> None:
-    """What an artifact is, where it came from, what was measured, and when it was served."""
-    with _bad_input():
-        import msgspec
-
-        store = _registry(registry)
-        found = store.find(digest)
-        manifest = msgspec.to_builtins(store.manifests()[found])
-        lines = [msgspec.to_builtins(entry) for entry in store.ledger() if found in (entry.from_digest, entry.to_digest)]
-    if as_json:
-        typer.echo(json.dumps({"digest": found, "manifest": manifest, "ledger": lines}, indent=2))
-        return
-    typer.echo(f"{manifest['name']}@{found}")
-    for key in ("decision_point", "parent", "snapshot", "metrics"):
-        typer.echo(f"{key}: {json.dumps(manifest[key])}")
-    for name, file in manifest["files"].items():
-        typer.echo(f"{name}: {file['size']:,} bytes, {file['format']}")
-    for line in lines:
-        typer.echo(_ledger_line(line))
-
-
-@policy_app.command()
-def promote(
-    digest: Digest,
-    why: Why,
-    who: Who,
-    estimate: Annotated[
-        Path | None, typer.Option(help="JSON file of the estimate that justifies it, as `propel ope --json` writes it.")
-    ] = None,
-    registry: RegistryFolder = Path("registry"),
-    as_json: AsJsonObject = False,
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="Folder of events, as `propel import` writes it.")],
+    to: Annotated[Path, typer.Option(help="File for DSJSON lines; a name that ends in .gz is compressed. Must be new.")],
 ) -> None:
-    """Serve an artifact at its decision point, once it has passed every check."""
-    with _bad_input():
-        justified = None if estimate is None else {"records": _json_file(estimate)}
-        _say(_registry(registry).promote(digest, who=who, why=why, estimate=justified), as_json)
+    """Write events as VW's DSJSON."""
+    with bad_input():
+        from pipelines.exporters import to_dsjson
 
-
-@policy_app.command()
-def rollback(
-    decision_point: Point,
-    why: Why,
-    who: Who,
-    to: Annotated[str | None, typer.Option(help="Digest of an earlier artifact. Default: the one served before.")] = None,
-    registry: RegistryFolder = Path("registry"),
-    as_json: AsJsonObject = False,
-) -> None:
-    """Serve again what was served before."""
-    with _bad_input():
-        _say(_registry(registry).rollback(decision_point, who=who, why=why, to=to), as_json)
-
-
-@policy_app.command()
-def freeze(
-    decision_point: Point,
-    why: Why,
-    who: Who,
-    off: Annotated[bool, typer.Option("--off", help="Allow changes again.")] = False,
-    registry: RegistryFolder = Path("registry"),
-    as_json: AsJsonObject = False,
-) -> None:
-    """Refuse every change of a decision point until it is unfrozen."""
-    with _bad_input():
-        _say(_registry(registry).freeze(decision_point, who=who, why=why, frozen=not off), as_json)
-
-
-@policy_app.command()
-def verify(registry: RegistryFolder = Path("registry"), as_json: AsJsonObject = False) -> None:
-    """Check the ledger's chain, the pointers it explains and every artifact. Exit codes: 0 all well, 3 something is wrong."""
-    with _bad_input():
-        store = _registry(registry)
-        wrong, ledger = store.verify(), store.ledger()
-    head = ledger[-1].line if ledger else 0
-    if as_json:
-        typer.echo(json.dumps({"wrong": wrong, "ledger_lines": head}, indent=2))
-    else:
-        typer.echo("\n".join(wrong) if wrong else f"{head} lines of the ledger and every artifact are as they were written.")
-    if wrong:
-        raise typer.Exit(ALL_REFUSED)
+        typer.echo(f"{to_dsjson(folder, to):,} lines in {to}")
 
 
 @app.command()
@@ -332,7 +236,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report; made if missing.")] = Path("propel-demo"),
 ) -> None:
     """Evaluate candidate policies on a real log of 10,000 decisions, and write a report."""
-    with _bad_input():
+    with bad_input():
         from rich.console import Console
 
         from pipelines.demo import run_demo
@@ -340,82 +244,12 @@ def demo(
         run_demo(out, Console())
 
 
-def _json_file(path: Path) -> Any:
-    from ope.data import InputError
-
+def _shares(text: str | None) -> dict[str, float]:
+    """`control=0.5,treatment=0.5` as a mapping."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: found {error}; expected JSON, as `propel ope --json` writes it") from None
-
-
-def _registry(folder: Path) -> Registry:
-    from bandits.registry import Registry
-    from ope.data import InputError
-
-    if not (folder / "control.sqlite").is_file():
-        raise InputError(f"found no registry in {folder}; expected a folder with control.sqlite: give --registry")
-    return Registry(folder)
-
-
-def _say(entry: Entry, as_json: bool) -> None:
-    """The line of the ledger that a command wrote."""
-    import msgspec
-
-    line = msgspec.to_builtins(entry)
-    typer.echo(json.dumps(line, indent=2) if as_json else _ledger_line(line))
-
-
-def _ledger_line(line: dict[str, Any]) -> str:
-    from datetime import UTC, datetime
-
-    when = datetime.fromtimestamp(line["at_ns"] / 1e9, UTC).isoformat(timespec="seconds")
-    moved = f" {(line['from_digest'] or 'nothing')[:16]} -> {line['to_digest'][:16]}" if line["to_digest"] else ""
-    return f"{line['line']}  {when}  {line['action']} {line['decision_point']}{moved}  by {line['who']}: {line['why']}"
-
-
-@contextmanager
-def _bad_input() -> Iterator[None]:
-    """Turn an error about the input into a message and exit code 2; anything else is our fault and keeps its traceback."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        typer.echo(f"propel: {error.name} is not installed; run: pip install 'propel[jobs]'", err=True)
-        raise typer.Exit(BAD_INPUT) from None
-    except Exception as error:
-        from ope.data import InputError
-
-        if not isinstance(error, InputError | OSError):
-            raise
-        typer.echo(f"propel: {error}", err=True)
-        raise typer.Exit(BAD_INPUT) from None
-
-
-@contextmanager
-def _progress(what: str, steps: int) -> Iterator[Any]:
-    """A bar on standard error, gone when done; yields a function to call after each step."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(file=sys.stderr)
-    columns = (TextColumn(what), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=steps, visible=False)
-        yield lambda: progress.update(task, advance=1, visible=True)
-
-
-def _split(text: str | None, *, keep_parentheses: bool = False) -> list[str] | None:
-    """Comma-separated names; commas inside parentheses belong to the name."""
-    if text is None:
-        return None
-    names, depth = [""], 0
-    for character in text:
-        depth += keep_parentheses * ((character == "(") - (character == ")"))
-        if character == "," and depth <= 0:
-            names.append("")
-        else:
-            names[-1] += character
-    return [name.strip() for name in names if name.strip()]
+        return {name: float(share) for name, _, share in (part.rpartition("=") for part in split(text) or ())}
+    except ValueError:
+        raise typer.BadParameter(f"found --split {text!r}; expected names and shares, such as control=0.5,treatment=0.5") from None
 
 
 def _interval(kind: IntervalKind, weight_bound: float | None, reward_range: str | None, resamples: int, seed: int) -> Interval:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ from ope.data import LARGEST, BoolArray, DataError, FloatArray, IntArray, Logged
 
 MAX_ACTIONS = 1_000_000
 """An index beyond this is an identifier."""
+
+METADATA = b"propel"
+"""Key of a Parquet file's own remarks on its columns: a JSON object of `ColumnMap` fields and `propensity_estimated`."""
 
 MAX_LEVELS = 1000
 """A text column with more levels than this is an identifier, not a feature."""
@@ -33,9 +36,21 @@ class ColumnMap:
     """A list of the eligible actions per row."""
     sample_weight: str | None = None
     cluster: str | None = None
-    context: tuple[str, ...] = field(default=())
+    context: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     """Text actions in the order of vectors' entries."""
+    by_eligible: bool = False
+    """True if the entries of `propensities` are those of the row's eligible actions, in that order, not of all actions."""
+    propensity_estimated: bool = False
+    """True if propensities were estimated afterwards rather than logged."""
+
+    def with_remarks(self, remarks: Mapping[str, Any]) -> ColumnMap:
+        """What was not said, as the file itself says it (under `METADATA`)."""
+        open_fields = {field.name for field in fields(self) if getattr(self, field.name) == field.default}
+        told: dict[str, Any] = {
+            name: tuple(said) if isinstance(said, list) else said for name, said in remarks.items() if said is not None
+        }
+        return replace(self, **{name: said for name, said in told.items() if name in open_fields})
 
     def named(self) -> dict[str, str]:
         """Field -> column, for the single columns that were named."""
@@ -63,7 +78,7 @@ class Log:
         return max(k or 0, len(self.labels or ()), int(self.data.action.max()) + 1)
 
 
-def to_log(frame: pl.DataFrame, columns: ColumnMap, source: str, *, k: int | None = None, estimated: bool = False) -> Log:
+def to_log(frame: pl.DataFrame, columns: ColumnMap, source: str, *, k: int | None = None) -> Log:
     """Validate a frame's columns into a log. Integer actions are indices; text actions are numbered in sorted order.
 
     Raises DataError naming the file, its column, the first offending row, what was expected and what to do.
@@ -74,7 +89,7 @@ def to_log(frame: pl.DataFrame, columns: ColumnMap, source: str, *, k: int | Non
         raise DataError("", "an empty log", "at least one row", "Check the filter or the date that wrote it.", source=source)
     _reject_leaks(columns, source)
     try:
-        action, labels = _actions(frame[columns.action], columns.labels)
+        action, labels = action_indices(frame[columns.action], columns.labels)
         ordered = labels is None or bool(columns.labels)
         if k is not None and k <= int(action.max()):
             row = int(np.argmax(action >= k))
@@ -83,17 +98,20 @@ def to_log(frame: pl.DataFrame, columns: ColumnMap, source: str, *, k: int | Non
         for name in ("reward", "propensity", "sample_weight"):
             if name in named:
                 arrays[name] = numbers(name, frame[named[name]])
-        if "propensities" in named:
-            arrays["propensities"] = action_vectors("propensities", frame[named["propensities"]], labels, ordered)
         if "eligible" in named:
-            arrays["eligible"] = _eligible(frame[named["eligible"]], labels, max(k or 0, int(action.max()) + 1))
+            least = max(k or 0, len(columns.labels), int(action.max()) + 1)
+            arrays["eligible"] = eligible_sets(frame[named["eligible"]], labels, least)
+            if columns.by_eligible and "propensities" in named:
+                arrays["propensities"] = _scattered(frame, named, labels, arrays["eligible"].shape[1])
+        if "propensities" in named and "propensities" not in arrays:
+            arrays["propensities"] = action_vectors("propensities", frame[named["propensities"]], labels, ordered)
         if "cluster" in named:
             _reject_missing("cluster", frame[named["cluster"]])
             _reject_nested("cluster", frame[named["cluster"]])
             arrays["cluster"] = frame[named["cluster"]].to_numpy()
         if columns.context:
             arrays["context"] = design_matrix(frame, columns.context)
-        return Log(LoggedData(**arrays, propensity_estimated=estimated), frame, source, labels, ordered)
+        return Log(LoggedData(**arrays, propensity_estimated=columns.propensity_estimated), frame, source, labels, ordered)
     except DataError as error:
         raise error.located(source, named) from None
 
@@ -209,7 +227,7 @@ def design_matrix(frame: pl.DataFrame, names: Sequence[str]) -> FloatArray:
     return np.concatenate(blocks, axis=1)
 
 
-def _actions(column: pl.Series, given: tuple[str, ...]) -> tuple[IntArray, tuple[str, ...] | None]:
+def action_indices(column: pl.Series, given: tuple[str, ...]) -> tuple[IntArray, tuple[str, ...] | None]:
     """Indices (n,), and the labels behind them where actions are texts: those given, else those seen, sorted."""
     _reject_missing("action", column)
     _reject_nested("action", column)
@@ -239,7 +257,16 @@ def _actions(column: pl.Series, given: tuple[str, ...]) -> tuple[IntArray, tuple
     return index.to_numpy(), known
 
 
-def _eligible(column: pl.Series, labels: tuple[str, ...] | None, k: int) -> BoolArray:
+def eligible_sets(column: pl.Series, labels: tuple[str, ...] | None, k: int) -> BoolArray:
+    """A column of lists of actions as sets (n, at least k). Raises DataError at the first that is no action."""
+    owner, member, width = _members(column, labels, k)
+    eligible = np.zeros((len(column), width), dtype=np.bool_)
+    eligible[owner, member] = True
+    return eligible
+
+
+def _members(column: pl.Series, labels: tuple[str, ...] | None, k: int) -> tuple[IntArray, IntArray, int]:
+    """Row and index of every eligible action, row by row in the order listed, and the number of actions, at least k."""
     _reject_missing("eligible", column)
     lists = _lists("eligible", column, pl.Int64 if labels is None else pl.String)
     owner, member = np.repeat(np.arange(len(column)), lists.list.len().to_numpy()), lists.explode(empty_as_null=False)
@@ -265,9 +292,24 @@ def _eligible(column: pl.Series, labels: tuple[str, ...] | None, k: int) -> Bool
                 "eligible", f"action {found!r}", f"indices from 0 to {MAX_ACTIONS - 1:,}", "Number the actions 0..k-1.", row=row
             )
         index = numbered.to_numpy()
-    eligible = np.zeros((len(column), max(k, int(index.max(initial=0)) + 1)), dtype=np.bool_)
-    eligible[owner, index] = True
-    return eligible
+    return owner, index, max(k, int(index.max(initial=0)) + 1)
+
+
+def _scattered(frame: pl.DataFrame, named: Mapping[str, str], labels: tuple[str, ...] | None, width: int) -> FloatArray:
+    """Lists with an entry per eligible action as vectors over all actions (n, width), 0 where not eligible."""
+    column = frame[named["propensities"]]
+    _reject_missing("propensities", column)
+    owner, member, _ = _members(frame[named["eligible"]], labels, width)
+    lists = _lists("propensities", column, pl.Float64)
+    lengths, sizes = lists.list.len().to_numpy(), np.bincount(owner, minlength=len(column))
+    if not np.array_equal(lengths, sizes):
+        row = int(np.argmax(lengths != sizes))
+        raise DataError(
+            "propensities", f"{lengths[row]} entries", f"{sizes[row]}, one per eligible action", "Write both in one order.", row=row
+        )
+    vectors = np.zeros((len(column), width))
+    vectors[owner, member] = lists.explode(empty_as_null=False).cast(pl.Float64).to_numpy()
+    return vectors
 
 
 def _lists(name: str, column: pl.Series, inner: Any) -> pl.Series:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ope.accumulate import Target
 from ope.data import DataError, FloatArray
-from pipelines.frame import ColumnMap, Log, action_vectors, is_vector, numbers, require_columns, shown, to_log
+from pipelines.frame import METADATA, ColumnMap, Log, action_vectors, is_vector, numbers, require_columns, shown, to_log
 
 MAX_CELLS = 2_000_000_000
 """Largest matrix of probabilities that is made up: 16 GB."""
 
 
 def read_log(path: Path, columns: ColumnMap, *, also: Sequence[str] = (), k: int | None = None) -> Log:
-    """A validated log from a Parquet or CSV file. `also`: further columns to keep where there are any, such as a policy's."""
+    """A validated log from a Parquet or CSV file. `also`: further columns to keep where there are any, such as a policy's.
+
+    What the map leaves open is taken from the file's own remarks, such as those that `propel import` writes.
+    """
+    columns = columns.with_remarks(remarks(path))
     return to_log(read_frame(path, [*columns.named().values(), *columns.context], also), columns, str(path), k=k)
 
 
@@ -69,6 +77,18 @@ def read_frame(path: Path, wanted: Sequence[str] | None = None, also: Sequence[s
         raise DataError(
             "", f"a file that cannot be read ({first})", f"a complete {kind} file", "Write or copy it again.", source=source
         ) from None
+
+
+def remarks(path: Path) -> dict[str, Any]:
+    """What a Parquet file says of its own columns: `ColumnMap` fields. Empty where it says nothing, or cannot be read."""
+    if path.suffix.lower() != ".parquet" or not path.is_file():
+        return {}
+    try:
+        said = pq.read_schema(path).metadata or {}
+    except (pa.ArrowInvalid, OSError):
+        return {}  # read_frame tells what is wrong with it
+    found = json.loads(said.get(METADATA, b"{}"))
+    return found if isinstance(found, dict) else {}
 
 
 def column_names(path: Path) -> list[str]:

@@ -1,0 +1,192 @@
+"""Exposure tables, as feature-flag and experiment tools write them: one row per exposure, with a map of their columns."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bandits.events import digest
+from ope.data import InputError
+from pipelines.frame import require_columns
+from pipelines.importers.events import FaultError, Problem, Row, body_of, in_range, nanoseconds
+
+NOTHING = b"{}"
+"""Features of an action without any."""
+
+
+@dataclass(frozen=True)
+class Exposures:
+    """Which column of a table holds what. None: the table does not have it."""
+
+    action: str = "action"
+    """The variation that was served."""
+    reward: str | None = None
+    propensity: str | None = None
+    """Probability of the action served."""
+    split: Mapping[str, float] = field(default_factory=dict)
+    """Action -> probability, where every row was drawn with the same ones: the tool's traffic split."""
+    actions: tuple[str, ...] = ()
+    """All actions there are. Default: those of the split, else those that the table shows."""
+    decision_id: str | None = None
+    unit: str | None = None
+    time: str | None = None
+    policy: str | None = None
+    pass_probability: str | None = None
+    context: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if bool(self.split) == (self.propensity is not None):
+            found = "both a split and a column of propensities" if self.split else "no propensities"
+            raise InputError(
+                f"found {found}; expected either the column that holds them (--propensity), or the split that the tool "
+                "drew with (--split control=0.5,treatment=0.5). Where neither is known, `propel propensities` estimates them: "
+                "they are never filled in"
+            )
+        if self.split and (min(self.split.values()) <= 0 or abs(sum(self.split.values()) - 1) > 1e-6):
+            raise InputError(f"found a split of {dict(self.split)}; expected positive shares that sum to 1")
+
+    def named(self) -> list[str]:
+        """The columns that are needed."""
+        single = (
+            self.action,
+            self.reward,
+            self.propensity,
+            self.decision_id,
+            self.unit,
+            self.time,
+            self.policy,
+            self.pass_probability,
+        )
+        return [name for name in (*single, *self.context) if name is not None]
+
+
+def read_exposures(path: Path, columns: Exposures) -> Iterator[Row | Problem]:
+    """Decisions and problems of a CSV (gzip or not) or Parquet table, row by row.
+
+    Raises InputError, before the first row, where a column is missing or the file cannot be read.
+    """
+    actions = tuple(columns.actions or columns.split or distinct(path, columns.action))
+    for line, record in records(path, columns.named()):
+        try:
+            yield _row(line, record, columns, actions, path.name)
+        except FaultError as fault:
+            yield Problem(line, fault.kind, str(fault))
+        except InputError as error:
+            yield Problem(line, "json", str(error))
+
+
+def records(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, column -> value) of the rows of a table; lines of CSV are those of the file, rows of Parquet count from 1.
+
+    An empty field of CSV is None. Raises DataError where a wanted column is missing, InputError where nothing can be read.
+    """
+    if path.suffix == ".parquet":
+        yield from _parquet_records(path, wanted)
+        return
+    with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="") as text:
+        reader = csv.DictReader(text, strict=True)
+        try:
+            require_columns(reader.fieldnames or (), wanted, str(path))
+            for record in reader:
+                yield reader.line_num, {name: record[name] or None for name in wanted}
+        except (csv.Error, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+            raise InputError(f"{path}, line {reader.line_num}: found {error}; expected a CSV table in UTF-8") from None
+
+
+def _parquet_records(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        file = pq.ParquetFile(path)
+        require_columns(file.schema_arrow.names, wanted, str(path))
+        line = 0
+        for batch in file.iter_batches(columns=list(dict.fromkeys(wanted))):
+            for record in batch.to_pylist():
+                line += 1
+                yield line, record
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: found {str(error).splitlines()[0]}; expected a complete Parquet file") from None
+
+
+def header(path: Path) -> list[str]:
+    """Names of a CSV table's columns."""
+    with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="") as text:
+        return next(csv.reader(text), [])
+
+
+def distinct(path: Path, column: str) -> list[str]:
+    """Texts of a column, sorted."""
+    return sorted({str(record[column]) for _, record in records(path, [column]) if record[column] is not None})
+
+
+def _row(line: int, record: Mapping[str, Any], columns: Exposures, actions: tuple[str, ...], source: str) -> Row:
+    def of(name: str | None) -> Any:
+        return None if name is None else record[name]
+
+    taken = of(columns.action)
+    if taken is None or str(taken) not in actions:
+        raise FaultError("action", f"found action {taken!r}; expected one of {', '.join(actions[:12])}")
+    chosen = actions.index(str(taken))
+    propensity = columns.split[str(taken)] if columns.split else number(columns.propensity or "", of(columns.propensity))
+    if propensity is None:
+        raise FaultError("propensity", f"found no propensity in column {columns.propensity!r}; expected one: it is never filled in")
+    context = {name: value(record[name]) for name in columns.context}
+    kept = number("pass_probability", of(columns.pass_probability))
+    unit, policy, known_id = of(columns.unit), of(columns.policy), of(columns.decision_id)
+    return Row(
+        line=line,
+        decision_id=digest(f"{source}:{line}".encode()).hex() if known_id is None else str(known_id),
+        decided_at_ns=time_of(of(columns.time)),
+        unit=None if unit is None else str(unit),
+        session=None,
+        policy="unknown" if policy is None else str(policy),
+        actions=actions,
+        chosen=chosen,
+        propensity=propensity,
+        vector=[columns.split[action] for action in actions] if columns.split else None,
+        context=context,
+        body=body_of(context, [NOTHING] * len(actions)),
+        reward=number(columns.reward or "", of(columns.reward)),
+        pass_probability=1.0 if kept is None else kept,
+    )
+
+
+def number(name: str, found: Any) -> float | None:
+    """A number of a table, None where the cell is empty. Raises FaultError for what is none."""
+    if found is None:
+        return None
+    try:
+        return float(found)
+    except (TypeError, ValueError):
+        raise FaultError("number", f"column {name!r}: found {found!r}; expected a number") from None
+
+
+def value(found: Any) -> Any:
+    """A feature of a table: numbers in CSV are texts."""
+    if isinstance(found, str):
+        try:
+            as_number = float(found)
+        except ValueError:
+            return found
+        return as_number if abs(as_number) < float("inf") else found
+    return str(found) if isinstance(found, date) else found
+
+
+def time_of(found: Any) -> int | None:
+    """Nanoseconds since 1970 of a time: ISO 8601 text, a timestamp, or a number of seconds. Raises FaultError for others."""
+    if isinstance(found, str):
+        try:
+            return in_range(round(float(found) * 1e9), found)
+        except ValueError:
+            return nanoseconds(found)
+    if isinstance(found, int | float):
+        return in_range(round(found * 1e9), found)
+    if found is not None and not isinstance(found, datetime):
+        raise FaultError("time", f"found time {found!r}; expected ISO 8601 text, a timestamp or seconds since 1970")
+    return None if found is None else nanoseconds(found.isoformat())
