@@ -84,7 +84,7 @@ def remarks(path: Path) -> dict[str, Any]:
     if path.suffix.lower() != ".parquet" or not path.is_file():
         return {}
     try:
-        said = pq.read_schema(path).metadata or {}
+        said = pq.read_metadata(path).metadata or {}
     except (pa.ArrowInvalid, OSError):
         return {}  # read_frame tells what is wrong with it
     found = json.loads(said.get(METADATA, b"{}"))
