@@ -268,8 +268,8 @@ def _findings(found: EstimatedPropensities) -> Iterator[str]:
     wrong = [one for one in found.calibration if abs(one.z) > Z_LIMIT]
     if wrong:
         yield (
-            f"{len(wrong)} of {len(found.calibration)} tenths are more than {Z_LIMIT:g} standard errors off: the context lacks "
-            "something that the logging policy looked at, or the model misses how."
+            f"{len(wrong)} of {len(found.calibration)} tenths are more than {Z_LIMIT:g} standard errors off: the model misses "
+            "how the context was used. Take another model, or let it see what changed, such as the day."
         )
     if found.calibration_p < math.erfc(Z_LIMIT / math.sqrt(2)):
         yield f"Actions do not occur as often as the estimates say (p = {found.calibration_p:.1g}): every evaluation is refused."

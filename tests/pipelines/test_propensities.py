@@ -308,7 +308,16 @@ def test_an_empty_log_and_too_few_parts():
         estimate_propensities(frame, COLUMNS, folds=1)
 
 
-def test_a_missing_cause_shows_only_where_it_breaks_calibration_and_is_said():
+def test_a_missing_cause_leaves_estimates_calibrated_and_wrong():
+    frame, _, truth = simulated(smooth, 2000, 11)
+    blind = estimate_propensities(frame, ColumnMap(context=("x0", "x1")), model=CalibratedPool([FAST]))
+    sighted = estimate_propensities(frame, COLUMNS, model=CalibratedPool([FAST]))
+    off, near = (np.abs(found.propensities - truth).mean() for found in (blind, sighted))
+    assert off > 3 * near
+    assert max(abs(one.z) for one in blind.calibration) < 4, "no number tells, which is why the report says so"
+
+
+def test_what_is_printed():
     text = printed(print_propensities, example()[1])
     assert "no verdict is better than caution" in text
     assert "none was dropped or clipped" in text
