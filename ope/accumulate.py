@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -12,14 +12,14 @@ from ope.data import (
     DataError,
     FloatArray,
     InputError,
-    IntArray,
     LoggedData,
     checked_distribution,
     checked_propensity,
     checked_width,
 )
-from ope.estimators import Estimator, Needs, Rows, mean_gradient, mean_value
-from ope.moments import Moments, counted, sum_by_code
+from ope.diagnostics import Diagnostics, LogChecks, LogTally, WeightTally
+from ope.estimators import Estimator, Needs, Rows, Transforming, mean_gradient, mean_value
+from ope.moments import ClusterSums, Moments, counted, sum_by_code
 from ope.primitives import terms, weights
 from ope.stack import Stack, parts_of
 
@@ -27,7 +27,10 @@ Target: TypeAlias = FloatArray | Literal["logging"]
 """A policy on a log: (n, k) probabilities; (n,) those of the logged actions; or "logging", the policy that was logged."""
 
 MIN_BLOCKS = 4096
-"""Rows of a log without clusters are resampled in this many random blocks, or one by one if there are no more."""
+"""Rows (or clusters) are resampled in this many random blocks, or one by one if there are no more."""
+
+CLUSTERED_ROWS = 2**18
+"""Rows that are summed by cluster together."""
 
 CHUNK_BYTES = 2**20
 """Size of a chunk of (rows, k) probabilities: it stays in the processor's cache, and memory does not grow with the log."""
@@ -58,15 +61,63 @@ class WeightMean:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Consecutive rows of a log, with the candidates' probabilities on them. The whole log is one part, or many."""
+
+    data: LoggedData
+    candidates: tuple[Candidate, ...]
+    """The same ones, in the same order, in every part."""
+    baseline: Target | None = None
+
+
+class Grouping(Protocol):
+    """Where sums of clusters wait until all of a cluster's rows have come. They are added by key before anything is squared."""
+
+    def add(self, sums: ClusterSums) -> None:
+        """Take sums over some rows; further rows of the same clusters may follow."""
+        ...
+
+    def groups(self) -> Iterator[ClusterSums]:
+        """Sums over all rows taken, in groups that no cluster spans."""
+        ...
+
+
+class InMemory:
+    """One group of all clusters."""
+
+    def __init__(self) -> None:
+        self._parts: list[ClusterSums] = []
+
+    def add(self, sums: ClusterSums) -> None:
+        """Take sums over some rows."""
+        self._parts.append(sums)
+
+    def groups(self) -> Iterator[ClusterSums]:
+        """Sums over all rows taken."""
+        yield ClusterSums.of(
+            np.concatenate([part.total for part in self._parts]), np.concatenate([part.cluster for part in self._parts])
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Accumulated:
-    """Sums of one pass: a stack of every (candidate, estimator), and each candidate's weights."""
+    """Sums of one pass: a stack of every (candidate, estimator), and what diagnostics need."""
 
     stack: Stack
     """Parts in the order of candidates, then estimators; labelled `candidate`, or `candidate: estimator` if several."""
     weight_means: Stack
     """One `WeightMean` per candidate, on the same moments."""
-    weights: tuple[FloatArray, ...]
-    """Importance weights (n,) of each candidate."""
+    weights: tuple[WeightTally, ...]
+    """Of the importance weights of each candidate."""
+    checks: LogChecks
+    """Of the log itself."""
+
+    def diagnostics(self) -> list[Diagnostics]:
+        """Diagnostics of every candidate's weights."""
+        means, stderrs = self.weight_means.values(), self.weight_means.stderrs()
+        return [
+            tally.diagnostics(float(mean), float(stderr)) for tally, mean, stderr in zip(self.weights, means, stderrs, strict=True)
+        ]
 
 
 def accumulate(
@@ -76,32 +127,104 @@ def accumulate(
     baseline: Target | None = None,
     block_seed: int | None = None,
 ) -> Accumulated:
-    """Sum the term columns of every candidate's estimators over the rows of a log.
+    """`accumulate_parts` of a log that is one part."""
+    return accumulate_parts([Part(data, tuple(candidates), baseline)], data.n, block_seed=block_seed)
 
-    Rows of one cluster are summed before anything is squared. With a `block_seed`, sums over the bootstrap's blocks
-    are kept as well. Raises DataError for a target that is not a policy on this log.
+
+def accumulate_parts(
+    parts: Iterable[Part], n: int, *, block_seed: int | None = None, grouping: Grouping | None = None
+) -> Accumulated:
+    """Sum the term columns of every candidate's estimators over the parts of a log of `n` rows, one part after the other.
+
+    Rows of one cluster are summed before anything is squared, in a `grouping` (default: in memory). With a `block_seed`,
+    sums over the bootstrap's blocks are kept as well.
+    Raises DataError, its row counted over the whole log, for a target that is not a policy on this log.
     """
-    code, clusters = _cluster_code(data)
-    block = code if block_seed is None or clusters else _random_blocks(data.n, block_seed)
-    blocks = clusters or min(data.n, MIN_BLOCKS)
-    kept = [np.empty(data.n) for _ in candidates]
-    moments, sums = None, np.zeros((0, 0))
+    grouping = InMemory() if grouping is None else grouping
+    blocks = None if block_seed is None else _RandomBlocks(n, block_seed)
+    moments: Moments | None = None
+    candidates: tuple[Candidate, ...] = ()
     widths: list[int] = []
-    for rows in _chunks(data, candidates):
-        columns: list[FloatArray] = []
-        for candidate, weight in zip(candidates, kept, strict=True):
-            arrays = rows_of(data, candidate, baseline, rows)
-            weight[rows] = arrays.weight
-            columns += [estimator.terms(arrays) for estimator in (*candidate.estimators, WeightMean())]
-        widths = [column.shape[1] for column in columns]
-        chunk = counted(np.concatenate(columns, axis=1), None if data.sample_weight is None else data.sample_weight[rows])
-        if not clusters:
-            moments = Moments.of(chunk) if moments is None else moments + Moments.of(chunk)
-        if block is not None:
-            part = sum_by_code(chunk, block[rows], blocks)
-            sums = part if not sums.size else sums + part
-    whole = Moments.of(sums) if moments is None else moments
-    return _accumulated(candidates, widths, Stack((), whole, sums, clusters > 0), kept)
+    tallies: list[WeightTally] = []
+    log = LogTally(None)
+    clustered, first_row = False, 0
+    for part in parts:
+        if not tallies:
+            tallies = [WeightTally(n, [one for one in c.estimators if isinstance(one, Transforming)]) for c in part.candidates]
+            log = LogTally(width_of(part.data, part.candidates, part.baseline))
+        candidates, clustered = part.candidates, part.data.cluster is not None
+        try:
+            for rows, columns, widths in _columns(part, tallies):  # noqa: B007
+                log.add(part.data, rows)
+                if part.data.cluster is not None:
+                    grouping.add(ClusterSums.of(columns, part.data.cluster[rows]))
+                    continue
+                found = Moments.of(columns)
+                moments = found if moments is None else moments + found
+                if blocks is not None:
+                    blocks.add(columns)
+        except DataError as error:
+            raise error.shifted(first_row) from None
+        first_row += part.data.n
+    clusters = None
+    sums = np.zeros((0, 0)) if blocks is None else blocks.sums
+    if clustered:
+        moments, clusters, sums = _over_clusters(grouping, block_seed)
+    if moments is None or first_row != n:
+        raise InputError(f"found parts of {first_row:,} rows in all; expected {n:,}")
+    return _accumulated(candidates, widths, Stack((), moments, sums, clustered), tuple(tallies), log.checks(clusters))
+
+
+def _columns(part: Part, tallies: Sequence[WeightTally]) -> Iterator[tuple[slice, FloatArray, list[int]]]:
+    """Counted columns (m, d + 1) of the rows of a part, chunk by chunk, and the widths of their blocks. Tallies weights, too."""
+    data = part.data
+    for rows in _chunks(part):
+        blocks: list[FloatArray] = []
+        sample_weight = None if data.sample_weight is None else data.sample_weight[rows]
+        for candidate, tally in zip(part.candidates, tallies, strict=True):
+            arrays = rows_of(data, candidate, part.baseline, rows)
+            tally.add(arrays.weight, arrays.reward, sample_weight)
+            blocks += [one.terms(arrays) for one in (*candidate.estimators, WeightMean())]
+        yield rows, counted(*blocks, weight=sample_weight), [block.shape[1] for block in blocks]
+
+
+def _over_clusters(grouping: Grouping, block_seed: int | None) -> tuple[Moments, int, FloatArray]:
+    """Moments with clusters as rows, their number, and their sums over the bootstrap's blocks if it is asked for."""
+    moments: Moments | None = None
+    kept = []
+    for group in grouping.groups():
+        found = group.moments()
+        moments = found if moments is None else moments + found
+        if block_seed is not None:
+            kept.append(group)
+    assert moments is not None, "clusters of a log without rows"
+    if block_seed is None:
+        return moments, moments.n, np.zeros((0, 0))
+    every = ClusterSums.of(np.concatenate([one.total for one in kept]), np.concatenate([one.cluster for one in kept]))
+    blocks = _RandomBlocks(moments.n, block_seed)
+    blocks.add(every.total)
+    return moments, moments.n, blocks.sums
+
+
+class _RandomBlocks:
+    """The bootstrap's blocks of rows (or clusters): each itself, or one of `MIN_BLOCKS` at random where there are more.
+
+    The stream differs from that of the resamples, which start from the same seed.
+    """
+
+    def __init__(self, n: int, seed: int):
+        self._n, self._rng, self._done = n, np.random.default_rng((seed, 1)), 0
+        self.sums = np.zeros((0, 0))
+
+    def add(self, columns: FloatArray) -> None:
+        rows = len(columns)
+        if self._n <= MIN_BLOCKS:
+            block, size = np.arange(self._done, self._done + rows), self._n
+        else:
+            block, size = self._rng.integers(0, MIN_BLOCKS, rows), MIN_BLOCKS
+        self._done += rows
+        part = sum_by_code(columns, block, size)
+        self.sums = self.sums + part if self.sums.size else part
 
 
 def as_target(target: Target) -> Target:
@@ -170,28 +293,18 @@ def _probabilities(name: str, target: Target, data: LoggedData, rows: slice) -> 
     return vector[np.arange(size), data.action[rows]], vector
 
 
-def _cluster_code(data: LoggedData) -> tuple[IntArray | None, int]:
-    if data.cluster is None:
-        return None, 0
-    labels, code = np.unique(data.cluster, return_inverse=True)
-    return code, len(labels)
-
-
-def _random_blocks(n: int, seed: int) -> IntArray:
-    """The bootstrap's block of each row (n,) where rows are independent: itself, or one of `MIN_BLOCKS` at random.
-
-    The stream differs from that of the resamples, which start from the same seed.
-    """
-    return np.arange(n) if n <= MIN_BLOCKS else np.random.default_rng((seed, 1)).integers(0, MIN_BLOCKS, n)
-
-
-def _chunks(data: LoggedData, candidates: Sequence[Candidate]) -> Iterator[slice]:
-    size = max(2**10, CHUNK_BYTES // (8 * (width_of(data, candidates) or 1)))
+def _chunks(part: Part) -> Iterator[slice]:
+    data = part.data
+    size = max(2**10, CHUNK_BYTES // (8 * (width_of(data, part.candidates) or 1)))
+    if data.cluster is not None:
+        size = max(size, CLUSTERED_ROWS)  # few, large sums: most of a cluster's rows may still be ahead
     for start in range(0, data.n, size):
         yield slice(start, min(start + size, data.n))
 
 
-def _accumulated(candidates: Sequence[Candidate], widths: list[int], sums: Stack, kept: list[FloatArray]) -> Accumulated:
+def _accumulated(
+    candidates: Sequence[Candidate], widths: Sequence[int], sums: Stack, tallies: tuple[WeightTally, ...], checks: LogChecks
+) -> Accumulated:
     """Name the columns of `sums`: estimates in one stack, mean weights in another, both on the same moments."""
     named = [
         (f"{candidate.label}: {estimator}" if len(candidate.estimators) > 1 else candidate.label, estimator)
@@ -199,10 +312,11 @@ def _accumulated(candidates: Sequence[Candidate], widths: list[int], sums: Stack
         for estimator in (*candidate.estimators, WeightMean())
     ]
     parts = parts_of([(label, estimator, width) for (label, estimator), width in zip(named, widths, strict=True)])
+    means = tuple(part for part in parts if isinstance(part.estimator, WeightMean))
+    estimates = tuple(part for part in parts if not isinstance(part.estimator, WeightMean))
     return Accumulated(
-        Stack(
-            tuple(part for part in parts if not isinstance(part.estimator, WeightMean)), sums.moments, sums.blocks, sums.clustered
-        ),
-        Stack(tuple(part for part in parts if isinstance(part.estimator, WeightMean)), sums.moments, sums.blocks, sums.clustered),
-        tuple(kept),
+        Stack(estimates, sums.moments, sums.blocks, sums.clustered),
+        Stack(means, sums.moments, sums.blocks, sums.clustered),
+        tallies,
+        checks,
     )

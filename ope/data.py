@@ -45,6 +45,11 @@ class DataError(InputError):
         name = columns.get(self.column, self.column)
         return DataError(name, self.found, self.expected, self.remedy, row=self.row, source=source)
 
+    def shifted(self, rows: int) -> DataError:
+        """The same error, its row counted from that many rows earlier."""
+        row = None if self.row is None else self.row + rows
+        return DataError(self.column, self.found, self.expected, self.remedy, row=row, source=self.source)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoggedData:

@@ -6,14 +6,21 @@ Thresholds are those of the field's practice, gathered in `Thresholds`; each rea
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import chdtrc
 
 from ope.data import FloatArray, IntArray, LoggedData
 from ope.estimate import Level
-from ope.primitives import weights
+from ope.estimators import Transforming
+from ope.moments import Moments
+
+TAIL_SHARE = 0.05
+"""Share of the positive weights whose tail index is looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,65 +83,170 @@ class LogChecks:
     estimated: bool
     clusters: int | None = None
     """Number of clusters, where rows have any."""
+    reward_mean: float = math.nan
+    """Plain mean of the logged rewards."""
 
 
-def hill_tail_index(weight: FloatArray, share: float = 0.05) -> float:
+def hill_tail_index(weight: FloatArray, share: float = TAIL_SHARE) -> float:
     """Hill's tail index of the largest `share` of the positive weights (n,): the smaller, the heavier. Hill 1975.
 
     Infinity where these weights are equal, or where fewer than ten of them leave nothing to estimate from.
     """
     positive = weight[weight > 0]
     tail = int(len(positive) * share)
-    if tail < 10:
-        return math.inf
-    top = np.partition(positive, len(positive) - tail - 1)[len(positive) - tail - 1 :]
+    return _hill(np.partition(positive, len(positive) - tail - 1)[len(positive) - tail - 1 :]) if tail >= 10 else math.inf
+
+
+def _hill(top: FloatArray) -> float:
+    """Hill's estimate from the largest weights, the smallest of them first."""
+    tail = len(top) - 1
     excess = float(np.log(top[1:] / top[0]).sum())
     return tail / excess if excess > 1e-9 * tail else math.inf
 
 
-def weight_diagnostics(weight: FloatArray, reward: FloatArray, mean: float, stderr: float) -> Diagnostics:
-    """Diagnostics of weights (n,), already times sample weights, given their (weighted) mean and its standard error."""
-    total, counts = float(weight.sum()), weight > 0
-    constant = float(weight.max() - weight.min()) <= 1e-12 * max(abs(mean), 1.0)
-    return Diagnostics(
-        n=len(weight),
-        ess=float(weights.effective_sample_size(weight)),
-        weight_mean=mean,
-        weight_z=0.0 if constant else (mean - 1) / stderr if stderr > 0 else math.nan,
-        constant=constant,
-        max_share=float(weight.max()) / total if total > 0 else 1.0,
-        reward_low=float(reward.min(where=counts, initial=np.inf)) if total > 0 else math.nan,
-        reward_high=float(reward.max(where=counts, initial=-np.inf)) if total > 0 else math.nan,
-        tail_index=hill_tail_index(weight),
-    )
+class WeightTally:
+    """What diagnostics need of the importance weights of one candidate, summed over the parts of a log of `n` rows.
+
+    Of single weights only the largest are kept: as many as a tail index could need, and no more than 5 % of the rows.
+    """
+
+    def __init__(self, n: int, transforming: Sequence[Transforming] = ()):
+        self.n, self.rows = n, 0
+        self.total = self.squares = 0.0
+        self.smallest, self.largest, self.largest_row = math.inf, -math.inf, 0
+        self.reward_low, self.reward_high = math.inf, -math.inf
+        self.positive = 0
+        self.unscaled, self.unscaled_largest = 0.0, 0.0
+        self._transforming = tuple(transforming)
+        self._used = np.zeros(len(self._transforming))
+        self._room = int(n * TAIL_SHARE) + 1
+        self._top: list[FloatArray] = []
+        self._kept, self._threshold = 0, 0.0
+
+    def add(self, weight: FloatArray, reward: FloatArray, sample_weight: FloatArray | None = None) -> None:
+        """Take the weights and rewards (m,) of further rows, and how many rows each of them stands for."""
+        largest = float(weight.max())
+        if largest > self.unscaled_largest:
+            self.unscaled_largest, self.largest_row = largest, self.rows + int(weight.argmax())
+        if self._transforming:
+            self.unscaled += float(weight.sum())
+            self._used += [float(one.transformed(weight).sum()) for one in self._transforming]
+        if sample_weight is not None:
+            weight = weight * sample_weight
+            largest = float(weight.max())
+        smallest = float(weight.min())
+        self.rows += len(weight)
+        self.total += float(weight.sum())
+        self.squares += float(np.vdot(weight, weight))
+        self.smallest, self.largest = min(self.smallest, smallest), max(self.largest, largest)
+        if smallest > 0:
+            self.positive += len(weight)
+            self.reward_low, self.reward_high = (
+                min(self.reward_low, float(reward.min())),
+                max(self.reward_high, float(reward.max())),
+            )
+        else:
+            counts = weight > 0
+            self.positive += int(counts.sum())
+            self.reward_low = min(self.reward_low, float(reward.min(where=counts, initial=np.inf)))
+            self.reward_high = max(self.reward_high, float(reward.max(where=counts, initial=-np.inf)))
+        if largest > self._threshold:
+            self._keep(weight[weight > self._threshold])
+
+    def _keep(self, candidates: FloatArray) -> None:
+        self._top.append(candidates)
+        self._kept += len(candidates)
+        if self._kept > 2 * self._room:
+            top = self._largest(self._room)
+            self._top, self._kept, self._threshold = [top], len(top), float(top[0])
+
+    def _largest(self, count: int) -> FloatArray:
+        """The largest weights, the smallest of them first."""
+        everything = np.concatenate(self._top)
+        return np.partition(everything, len(everything) - count)[len(everything) - count :]
+
+    def given_up(self, one: Transforming) -> float:
+        """Share of the weight that an estimator of this tally does not use."""
+        used = float(self._used[self._transforming.index(one)])
+        return 1 - used / self.unscaled if self.unscaled > 0 else 0.0
+
+    def diagnostics(self, mean: float, stderr: float) -> Diagnostics:
+        """Diagnostics, given the (weighted) mean of the weights and its standard error."""
+        constant = self.largest - self.smallest <= 1e-12 * max(abs(mean), 1.0)
+        tail = int(self.positive * TAIL_SHARE)
+        some = self.total > 0
+        return Diagnostics(
+            n=self.rows,
+            ess=self.total**2 / self.squares if some else 0.0,
+            weight_mean=mean,
+            weight_z=0.0 if constant else (mean - 1) / stderr if stderr > 0 else math.nan,
+            constant=constant,
+            max_share=self.largest / self.total if some else 1.0,
+            reward_low=self.reward_low if some else math.nan,
+            reward_high=self.reward_high if some else math.nan,
+            tail_index=_hill(self._largest(tail + 1)) if tail >= 10 else math.inf,
+        )
+
+
+class LogTally:
+    """What checks of a log need, summed over its parts. `k`: the number of actions, or None where nothing says it."""
+
+    def __init__(self, k: int | None):
+        self.k = k
+        self.moments: Moments | None = None
+        self.estimated = False
+        self.vector_gap = math.nan
+        self.counts = self.expected = self.products = np.empty(0)
+
+    def add(self, data: LoggedData, rows: slice) -> None:
+        """Take some rows of a log."""
+        columns = np.empty((len(data.action[rows]), 4), order="F")
+        columns[:, 0] = 1 / data.propensity[rows]
+        columns[:, 1] = (math.nan if self.k is None else self.k) if data.eligible is None else data.eligible[rows].sum(axis=1)
+        columns[:, 2] = columns[:, 0] - columns[:, 1]
+        columns[:, 3] = data.reward[rows]
+        found = Moments.of(columns)
+        self.moments = found if self.moments is None else self.moments + found
+        self.estimated = self.estimated or data.propensity_estimated
+        if data.propensities is not None:
+            self._add_vectors(data.action[rows], data.propensity[rows], data.propensities[rows])
+
+    def _add_vectors(self, action: IntArray, propensity: FloatArray, vectors: FloatArray) -> None:
+        k = vectors.shape[1]
+        if not self.counts.size:
+            self.counts, self.expected, self.products, self.vector_gap = np.zeros(k), np.zeros(k), np.zeros((k, k)), 0.0
+        self.counts += np.bincount(action, minlength=k)
+        self.expected += vectors.sum(axis=0)
+        self.products += vectors.T @ vectors
+        gap = float(np.abs(vectors[np.arange(len(action)), action] / propensity - 1).max())
+        self.vector_gap = max(self.vector_gap, gap)
+
+    def checks(self, clusters: int | None = None) -> LogChecks:
+        """The checks of all rows taken. `clusters`: their number, where rows have any."""
+        assert self.moments is not None, "checks of a log without rows"
+        inverse_mean, eligible_mean, excess, reward_mean = (float(mean) for mean in self.moments.mean)
+        stderr = math.sqrt(self.moments.covariance()[2, 2])
+        inverse_z = excess / stderr if stderr > 1e-12 * inverse_mean else 0.0
+        if stderr <= 1e-12 * inverse_mean and abs(excess) > 1e-6 * inverse_mean:
+            inverse_z = math.copysign(math.inf, excess)  # without sampling error any difference decides
+        return LogChecks(
+            n=self.moments.n,
+            inverse_mean=inverse_mean,
+            eligible_mean=eligible_mean,
+            inverse_z=inverse_z,
+            calibration_p=_calibration_p(self.counts, self.expected, self.products) if self.counts.size else math.nan,
+            vector_gap=self.vector_gap,
+            estimated=self.estimated,
+            clusters=clusters,
+            reward_mean=reward_mean,
+        )
 
 
 def check_log(data: LoggedData, k: int | None) -> LogChecks:
     """Checks of a log with `k` actions, or with an unknown number of them."""
-    if data.eligible is not None:
-        sizes: FloatArray | float = data.eligible.sum(axis=1, dtype=np.float64)
-    else:
-        sizes = math.nan if k is None else float(k)
-    excess = 1 / data.propensity - sizes
-    stderr = float(excess.std(ddof=1) / math.sqrt(data.n)) if data.n > 1 else math.nan
-    inverse_mean, eligible_mean = float(np.mean(1 / data.propensity)), float(np.mean(sizes))
-    inverse_z = (inverse_mean - eligible_mean) / stderr if stderr > 1e-12 * inverse_mean else 0.0
-    if stderr <= 1e-12 * inverse_mean and abs(inverse_mean - eligible_mean) > 1e-6 * inverse_mean:
-        inverse_z = math.copysign(math.inf, inverse_mean - eligible_mean)  # without sampling error any difference decides
-    calibration_p = vector_gap = math.nan
-    if data.propensities is not None:
-        calibration_p = calibration(data.action, data.propensities)
-        vector_gap = float(np.abs(data.propensities[np.arange(data.n), data.action] / data.propensity - 1).max())
-    return LogChecks(
-        n=data.n,
-        inverse_mean=inverse_mean,
-        eligible_mean=eligible_mean,
-        inverse_z=inverse_z,
-        calibration_p=calibration_p,
-        vector_gap=vector_gap,
-        estimated=data.propensity_estimated,
-        clusters=None if data.cluster is None else len(np.unique(data.cluster)),
-    )
+    tally = LogTally(k)
+    tally.add(data, slice(0, data.n))
+    return tally.checks(None if data.cluster is None else len(np.unique(data.cluster)))
 
 
 def calibration(action: IntArray, propensities: FloatArray) -> float:
@@ -142,9 +254,13 @@ def calibration(action: IntArray, propensities: FloatArray) -> float:
 
     Counts minus their expectation have covariance Σ_i diag(p_i) - p_i p_iᵀ, whose rank is the degrees of freedom.
     """
-    k = propensities.shape[1]
-    difference = np.bincount(action, minlength=k) - propensities.sum(axis=0)
-    covariance = np.diag(propensities.sum(axis=0)) - propensities.T @ propensities
+    counts = np.bincount(action, minlength=propensities.shape[1])
+    return _calibration_p(counts, propensities.sum(axis=0), propensities.T @ propensities)
+
+
+def _calibration_p(counts: NDArray[Any], expected: FloatArray, products: FloatArray) -> float:
+    difference = counts - expected
+    covariance = np.diag(expected) - products
     eigenvalues, vectors = np.linalg.eigh(covariance)
     kept = eigenvalues > 1e-9 * max(float(eigenvalues.max()), 1.0)
     statistic = float(((vectors.T @ difference)[kept] ** 2 / eigenvalues[kept]).sum())

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ope.accumulate import Accumulated, Candidate, Target, accumulate, as_target, checked_shapes, width_of
+from ope.accumulate import Candidate, Grouping, Part, Target, accumulate_parts, as_target, checked_shapes
 from ope.data import DataError, FloatArray, InputError, LoggedData
-from ope.diagnostics import Diagnostics, LogChecks, Thresholds, check_log, judge, weight_diagnostics
+from ope.diagnostics import Diagnostics, LogChecks, Thresholds, WeightTally, judge
 from ope.estimate import Estimate, Level
 from ope.estimators import IPS, SNIPS, Bounded, Estimator, Transforming, estimator
 from ope.intervals import Bootstrap, EmpiricalBernstein, Interval, interval_named
@@ -84,36 +84,73 @@ def evaluate(
 
     Raises DataError for arrays that no policy could have written, InputError for an estimator whose needs are not met.
     """
+    target, q, baseline = as_target(target), None if q is None else np.asarray(q), None if baseline is None else as_target(baseline)
+    choice = choose(estimators, q is not None and not _scalar(target, data), baseline is not None, interval, level)
+    part = part_of(data, choice, target, q, baseline)
+    return evaluate_parts([part], data.n, choice, level=level, thresholds=thresholds)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What is estimated: the estimators asked for, those that bear witness beside them, and the kind of interval."""
+
+    asked: tuple[Estimator, ...]
+    interval: Interval
+
+    @property
+    def estimators(self) -> tuple[Estimator, ...]:
+        """Those asked for, and IPS and SNIPS where nobody asked: an estimate is never believed for want of a second opinion."""
+        bounded = isinstance(self.interval, EmpiricalBernstein)
+        more = (one for one in (IPS(), SNIPS()) if one not in self.asked and (isinstance(one, Bounded) or not bounded))
+        return (*self.asked, *more)
+
+
+def choose(
+    names: Sequence[str | Estimator] | None, has_q: bool, has_baseline: bool, interval: str | Interval, level: float
+) -> Choice:
+    """Estimators and interval from what was asked for, or by default from what there is.
+
+    Raises InputError for an unknown name, and for an estimator that has no interval of this kind.
+    """
     if not 0 < level < 1:
         raise InputError(f"found level={level}; expected a coverage between 0 and 1, such as 0.95")
-    target, q, baseline = as_target(target), None if q is None else np.asarray(q), None if baseline is None else as_target(baseline)
     kind = interval_named(interval)
-    chosen = _chosen(estimators, q is not None and not _scalar(target, data), baseline is not None, kind)
-    candidate = Candidate("target", target, chosen + _witnesses(chosen, kind), q)
+    chosen = _chosen(names, has_q, has_baseline, kind)
+    if isinstance(kind, EmpiricalBernstein):
+        kind.check_estimators(chosen)
+    return Choice(chosen, kind)
+
+
+def part_of(data: LoggedData, choice: Choice, target: Target, q: FloatArray | None, baseline: Target | None) -> Part:
+    """Rows of a log, ready for `evaluate_parts`. Raises DataError or InputError where they lack what the choice needs."""
+    candidate = Candidate("target", target, choice.estimators, q)
     check_candidate(data, candidate, baseline)
-    if isinstance(kind, EmpiricalBernstein):
-        kind.check_log(data, q, chosen)
-    seed = kind.seed if isinstance(kind, Bootstrap) else None
-    sums = accumulate(data, [candidate], baseline=baseline, block_seed=seed)
-    if isinstance(kind, EmpiricalBernstein):
-        kind.check_weights(sums.weights[0])
-    weight = candidate_diagnostics(data, sums)[0]
-    log = check_log(data, width_of(data, [candidate], baseline))
-    against = None if baseline is None else _baseline_diagnostics(data, baseline)
-    verdicts = _Verdicts(log, weight, thresholds, against, sums.weights[0])
-    estimates = _estimates(data, sums.stack, candidate.estimators, kind, level, verdicts)
-    return Report(estimates[: len(chosen)], weight, log)
+    if isinstance(choice.interval, EmpiricalBernstein):
+        choice.interval.check_rows(data, q)
+    return Part(data, (candidate,) if baseline is None else (candidate, Candidate("baseline", baseline, ())), baseline)
 
 
-def candidate_diagnostics(data: LoggedData, sums: Accumulated) -> list[Diagnostics]:
-    """Diagnostics of every candidate's weights, from one pass over the log."""
-    means, stderrs = sums.weight_means.values(), sums.weight_means.stderrs()
-    return [
-        weight_diagnostics(
-            weight if data.sample_weight is None else weight * data.sample_weight, data.reward, float(mean), float(stderr)
-        )
-        for weight, mean, stderr in zip(sums.weights, means, stderrs, strict=True)
-    ]
+def evaluate_parts(
+    parts: Iterable[Part],
+    n: int,
+    choice: Choice,
+    *,
+    level: float = 0.95,
+    thresholds: Thresholds = DEFAULT_THRESHOLDS,
+    grouping: Grouping | None = None,
+) -> Report:
+    """`evaluate` of a log of `n` rows in parts (of `part_of`), one after the other: sums add, so the numbers are the same.
+
+    `grouping`: where cluster sums wait; by default in memory.
+    """
+    kind = choice.interval
+    sums = accumulate_parts(parts, n, block_seed=kind.seed if isinstance(kind, Bootstrap) else None, grouping=grouping)
+    if isinstance(kind, EmpiricalBernstein):
+        kind.check_weights(n, sums.weights[0])
+    weight, *baseline = sums.diagnostics()
+    verdicts = _Verdicts(sums.checks, weight, thresholds, baseline[0] if baseline else None, sums.weights[0])
+    estimates = _estimates(sums.stack, choice, level, verdicts)
+    return Report(estimates[: len(choice.asked)], weight, sums.checks)
 
 
 class _Verdicts(NamedTuple):
@@ -123,12 +160,10 @@ class _Verdicts(NamedTuple):
     weight: Diagnostics
     thresholds: Thresholds
     baseline: Diagnostics | None
-    weights: FloatArray
+    tally: WeightTally
 
     def of(self, kind: Estimator) -> tuple[Level, tuple[str, ...]]:
-        given_up = 0.0
-        if isinstance(kind, Transforming) and self.weight.ess > 0:
-            given_up = 1 - float(kind.transformed(self.weights).sum() / self.weights.sum())
+        given_up = self.tally.given_up(kind) if isinstance(kind, Transforming) else 0.0
         level, reasons = judge(self.log, self.weight, self.thresholds, model_only=kind.name == "DM", given_up=given_up)
         if kind.needs.baseline and self.baseline is not None:
             other, more = judge(self.log, self.baseline, self.thresholds, policy="baseline")
@@ -137,9 +172,8 @@ class _Verdicts(NamedTuple):
         return level, reasons
 
 
-def _estimates(
-    data: LoggedData, stack: Stack, chosen: Sequence[Estimator], kind: Interval, level: float, verdicts: _Verdicts
-) -> tuple[Estimate, ...]:
+def _estimates(stack: Stack, choice: Choice, level: float, verdicts: _Verdicts) -> tuple[Estimate, ...]:
+    kind, chosen = choice.interval, choice.estimators
     values, stderrs = stack.values(), stack.stderrs()
     low, high = kind.ends(stack, level)
     apart = _apart(chosen, low, high)
@@ -154,7 +188,7 @@ def _estimates(
         estimates.append(
             Estimate(
                 str(one), float(values[i]), float(stderrs[i]), float(low[i]), float(high[i]), level, kind.name,
-                data.n, verdicts.weight.ess, verdict, reasons, _notes(one, data, stack, kind, verdicts.log),
+                verdicts.log.n, verdicts.weight.ess, verdict, reasons, _notes(one, stack, kind, verdicts.log),
             )
         )  # fmt: skip
     return tuple(estimates)
@@ -172,13 +206,7 @@ def _apart(chosen: Sequence[Estimator], low: FloatArray, high: FloatArray) -> li
     ]
 
 
-def _witnesses(chosen: Sequence[Estimator], kind: Interval) -> tuple[Estimator, ...]:
-    """IPS and SNIPS where nobody asked for them: an estimate is never believed for want of a second opinion."""
-    bounded = isinstance(kind, EmpiricalBernstein)
-    return tuple(one for one in (IPS(), SNIPS()) if one not in chosen and (isinstance(one, Bounded) or not bounded))
-
-
-def _notes(one: Estimator, data: LoggedData, stack: Stack, kind: Interval, log: LogChecks) -> tuple[str, ...]:
+def _notes(one: Estimator, stack: Stack, kind: Interval, log: LogChecks) -> tuple[str, ...]:
     notes = []
     if one.needs.baseline:
         notes.append("The difference to the baseline, not a value.")
@@ -186,7 +214,7 @@ def _notes(one: Estimator, data: LoggedData, stack: Stack, kind: Interval, log: 
         notes.append("Biased by design: the interval is for its own expectation, not for the policy's value.")
     if log.eligible_mean == 1:
         notes.append("One eligible action everywhere: every policy is the logging policy.")
-    if data.cluster is not None:
+    if stack.clustered:
         notes.append(f"{stack.moments.n:,} clusters.")
     if isinstance(kind, Bootstrap):
         notes.append(f"{kind.resamples:,} resamples of {len(stack.blocks):,} blocks.")
@@ -225,10 +253,6 @@ def check_candidate(data: LoggedData, candidate: Candidate, baseline: Target | N
                 f"{one} needs a reward model; expected q, its predictions (n, k). "
                 "Pass q, or fit one with ope.nuisance.cross_fit_reward (on the command line: --context)"
             )
-
-
-def _baseline_diagnostics(data: LoggedData, baseline: Target) -> Diagnostics:
-    return candidate_diagnostics(data, accumulate(data, [Candidate("baseline", baseline, ())]))[0]
 
 
 def _scalar(target: Target, data: LoggedData) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.special import ndtri, stdtrit
 
 from ope.data import DataError, FloatArray, InputError, LoggedData
+from ope.diagnostics import WeightTally
 from ope.estimators import Bounded, Estimator, Limits
 from ope.stack import Stack
 
@@ -105,28 +106,45 @@ class EmpiricalBernstein:
                 "expected a positive, finite bound and a finite range (low, high) with low < high"
             )
 
-    def check_log(self, data: LoggedData, q: FloatArray | None, estimators: Sequence[Estimator]) -> None:
-        """Raise unless rows are independent and bounded as promised, and every estimator is a plain mean of them."""
+    def check_estimators(self, estimators: Sequence[Estimator]) -> None:
+        """Raise InputError unless every estimator is a plain mean of bounded rows."""
         for one in estimators:
             if not isinstance(one, Bounded):
                 raise InputError(
                     f"{one} has no empirical-Bernstein interval: it is not the plain mean of one bounded column. "
                     'Ask for interval="normal" or "bootstrap", or for estimators such as IPS, cIPS or DR'
                 )
+
+    def check_rows(self, data: LoggedData, q: FloatArray | None) -> None:
+        """Raise unless rows are independent and bounded as promised."""
         if data.cluster is not None or data.sample_weight is not None:
             raise InputError(
                 "empirical-Bernstein intervals hold for independent rows that count alike; this log has clusters or "
                 'sample weights. Ask for interval="normal" or "bootstrap"'
             )
-        if data.n < 2:
-            raise InputError("an empirical-Bernstein interval needs a variance; found one row, expected at least two")
+        low, high = self.reward_range
         for name, values in (("reward", data.reward), ("q", q)):
-            if values is not None:
-                self._check(name, values, *self.reward_range, "Widen reward_range to what could occur.")
+            if values is None:
+                continue
+            rows = values.reshape(len(values), -1)
+            good = ((rows >= low) & (rows <= high)).all(axis=1)
+            if not good.all():
+                row = int(np.argmin(good))
+                worst = rows[row][~((rows[row] >= low) & (rows[row] <= high))][0]
+                raise DataError(
+                    name, f"a value of {worst:.6g}", f"a value within [{low:g}, {high:g}]",
+                    "Widen reward_range to what could occur.", row=row,
+                )  # fmt: skip
 
-    def check_weights(self, weight: FloatArray) -> None:
-        """Raise DataError if a weight (n,) exceeds the promised bound."""
-        self._check("propensity", weight, 0.0, self.weight_bound, "Raise weight_bound to what could occur, not to what did.")
+    def check_weights(self, n: int, weights: WeightTally) -> None:
+        """Raise DataError if a weight exceeds the promised bound, InputError where one row leaves the variance unknown."""
+        if n < 2:
+            raise InputError("an empirical-Bernstein interval needs a variance; found one row, expected at least two")
+        if weights.unscaled_largest > self.weight_bound:
+            raise DataError(
+                "propensity", f"a weight of {weights.unscaled_largest:.6g}", f"a weight within [0, {self.weight_bound:g}]",
+                "Raise weight_bound to what could occur, not to what did.", row=weights.largest_row,
+            )  # fmt: skip
 
     def ends(self, stack: Stack, level: float) -> Ends:
         """Lower and upper ends (m,), (m,), of a stack whose log and weights were checked."""
@@ -135,15 +153,6 @@ class EmpiricalBernstein:
         width = np.array([high - low for low, high in limits])
         half = stack.stderrs() * math.sqrt(2 * log_term) + 7 * width * log_term / (3 * (n - 1))  # stderr² = S² / n
         return stack.values() - half, stack.values() + half
-
-    def _check(self, name: str, values: FloatArray, low: float, high: float, remedy: str) -> None:
-        rows = values.reshape(len(values), -1)
-        good = ((rows >= low) & (rows <= high)).all(axis=1)
-        if not good.all():
-            row = int(np.argmin(good))
-            what = "a weight" if name == "propensity" else "a value"
-            worst = rows[row][~((rows[row] >= low) & (rows[row] <= high))][0]
-            raise DataError(name, f"{what} of {worst:.6g}", f"{what} within [{low:g}, {high:g}]", remedy, row=row)
 
 
 def interval_named(name: str | Interval) -> Interval:

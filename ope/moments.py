@@ -79,11 +79,13 @@ def sum_by_code(columns: FloatArray, code: NDArray[Any], size: int) -> FloatArra
     return np.stack([np.bincount(code, weights=column, minlength=size) for column in columns.T], axis=1)
 
 
-def counted(columns: FloatArray, weight: FloatArray | None = None) -> FloatArray:
-    """Columns (n, d), times the sample weight (n,) where there is one, with that weight (or 1) as a last column (n, d + 1)."""
-    result = np.empty((len(columns), columns.shape[1] + 1))
+def counted(*blocks: FloatArray, weight: FloatArray | None = None) -> FloatArray:
+    """Blocks of columns (n, d_i), times the sample weight (n,) where there is one, and that weight (or 1): (n, d + 1)."""
+    result = np.empty((len(blocks[0]), sum(block.shape[1] for block in blocks) + 1), order="F")  # columns are summed
     result[:, -1] = 1.0 if weight is None else weight
-    result[:, :-1] = columns if weight is None else columns * weight[:, None]
+    np.concatenate(blocks, axis=1, out=result[:, :-1])
+    if weight is not None:
+        result[:, :-1] *= weight[:, None]
     return result
 
 

@@ -17,9 +17,9 @@ from numpy.typing import ArrayLike
 
 from ope.accumulate import Accumulated, Candidate, Target, accumulate, as_target
 from ope.data import FloatArray, InputError, IntArray, LoggedData, assign_folds
-from ope.diagnostics import Thresholds, check_log, judge
+from ope.diagnostics import Thresholds, judge
 from ope.estimators import IPS, Estimator, estimator
-from ope.evaluation import candidate_diagnostics, check_candidate
+from ope.evaluation import check_candidate
 from ope.primitives.divergences import total_variation
 
 Tie = Literal["first", "last"]
@@ -224,7 +224,7 @@ def select(
     parts = halves(data, seed)
     folds = [_fold(data, targets, q, kind, baseline, rows) for rows in parts]
     labels = list(targets)
-    blocked = _blocked(data.take(parts[0]), labels, folds[0])
+    blocked = _blocked(labels, folds[0])
     values_a, values_b = (sums.stack.values() for sums in folds)
     order = [labels[i] for i in ranking(values_a[:-1]) if labels[i] not in blocked]
     twins = near_duplicates(targets, order, tolerance=tolerance)
@@ -235,7 +235,7 @@ def select(
     shortlists = tuple(_shortlist(kept, possible, k, threshold) for k in sizes if 2 <= k <= len(kept))
     return Selection(
         estimator=str(kind), ranking=tuple(kept), duplicates=twins, blocked=blocked,
-        doubtful=_doubtful(data.take(parts[1]), labels, folds[1], kept),
+        doubtful=_doubtful(labels, folds[1], kept),
         selected_on=values_a[chosen[:-1]], values=values[:-1],
         covariance=covariance, baseline=float(values[-1]), shortlists=shortlists, knee=_knee(shortlists),
     )  # fmt: skip
@@ -259,20 +259,20 @@ def halves(data: LoggedData, seed: int = 0) -> tuple[IntArray, IntArray]:
     return np.flatnonzero(fold == 0), np.flatnonzero(fold == 1)
 
 
-def _blocked(data: LoggedData, labels: Sequence[str], sums: Accumulated) -> dict[str, tuple[str, ...]]:
+def _blocked(labels: Sequence[str], sums: Accumulated) -> dict[str, tuple[str, ...]]:
     """Candidates with too few effective rows to be chosen by, whatever their rewards."""
     limit = Thresholds().ess
     return {
         label: (f"{weight.ess:,.0f} effective rows of {weight.n:,} on fold A; at least {limit:,.0f} are needed to choose by.",)
-        for label, weight in zip(labels, candidate_diagnostics(data, sums), strict=False)
+        for label, weight in zip(labels, sums.diagnostics(), strict=False)
         if weight.ess < limit
     }
 
 
-def _doubtful(data: LoggedData, labels: Sequence[str], sums: Accumulated, kept: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    checks, found = check_log(data, None), {}
-    for label, weight in zip(labels, candidate_diagnostics(data, sums), strict=False):
-        verdict, reasons = judge(checks, weight, Thresholds(), policy="candidate")
+def _doubtful(labels: Sequence[str], sums: Accumulated, kept: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    found = {}
+    for label, weight in zip(labels, sums.diagnostics(), strict=False):
+        verdict, reasons = judge(sums.checks, weight, Thresholds(), policy="candidate")
         if label in kept and verdict == "refused":
             found[label] = reasons
     return found
