@@ -119,11 +119,11 @@ def ope(
     Exit codes: 0 good, 2 bad input, 3 when every requested estimate is refused.
     """
     with bad_input():
-        from pipelines.evaluate import FOLDS, evaluate_file
+        from pipelines.evaluate import evaluate_file
         from pipelines.frame import ColumnMap
 
-    with bad_input(), progress("Fitting the reward model", FOLDS) as advance:
-        log_and_report = evaluate_file(
+    with bad_input(), progress("Evaluating") as advance:
+        report = evaluate_file(
             log,
             policy,
             ColumnMap(
@@ -146,7 +146,6 @@ def ope(
             seed=seed,
             progress=advance,
         )
-    report = log_and_report.report
     if as_json:
         typer.echo(json.dumps(report.to_records(force=force), indent=2, allow_nan=False))
     else:
@@ -154,8 +153,7 @@ def ope(
 
         from pipelines.tables import print_report
 
-        data = log_and_report.log.data
-        title = f"{policy} on {log} ({data.n:,} rows, mean logged reward {data.reward.mean():.4g})"
+        title = f"{policy} on {log} ({report.log.n:,} rows, mean logged reward {report.log.reward_mean:.4g})"
         print_report(Console(), title, report, force=force)
     if report.refused:
         raise typer.Exit(ALL_REFUSED)
@@ -204,10 +202,10 @@ def import_(
             )  # fmt: skip
 
         naming = Naming(decision_point, tenant, reward_name, unit, names or None)
-        with progress("Importing", source.stat().st_size if source.is_file() else 1, bytes_read=True) as advance:
+        with progress("Importing") as advance:
             report = import_log(
                 source, to, naming, kind=None if kind is None else kind.value, exposures=table, pass_in_label=pass_in_label,
-                estimated=estimated, progress=advance,
+                estimated=estimated, progress=lambda done: advance(done, source.stat().st_size),
             )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(report.to_record(), indent=2))

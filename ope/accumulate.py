@@ -147,11 +147,15 @@ def accumulate_parts(
     widths: list[int] = []
     tallies: list[WeightTally] = []
     log = LogTally(None)
+    k: int | None = None
     clustered, first_row = False, 0
     for part in parts:
+        width = width_of(part.data, part.candidates, part.baseline)
         if not tallies:
             tallies = [WeightTally(n, [one for one in c.estimators if isinstance(one, Transforming)]) for c in part.candidates]
-            log = LogTally(width_of(part.data, part.candidates, part.baseline))
+            k, log = width, LogTally(width)
+        elif width != k:
+            raise DataError("target", f"{width} actions", f"{k}, as in earlier rows", "Use one set of actions.", row=first_row)
         candidates, clustered = part.candidates, part.data.cluster is not None
         try:
             for rows, columns, widths in _columns(part, tallies):  # noqa: B007

@@ -143,16 +143,21 @@ def assign_folds(data: LoggedData, folds: int, seed: int) -> IntArray:
 
     Raises InputError where there are fewer rows, or clusters, than folds.
     """
-    unit = np.arange(data.n) if data.cluster is None else np.unique(data.cluster, return_inverse=True)[1]
-    units = int(unit.max()) + 1
+    if data.cluster is None:
+        return folds_of_units(data.n, folds, seed, "rows")
+    unit = np.unique(data.cluster, return_inverse=True)[1]
+    return folds_of_units(int(unit.max()) + 1, folds, seed, "clusters")[unit]
+
+
+def folds_of_units(units: int, folds: int, seed: int, what: str) -> IntArray:
+    """Fold of each of some units, of equal size to within one. Raises InputError where there are fewer units than folds."""
     if not 2 <= folds <= units:
-        what = "rows" if data.cluster is None else "clusters"
         raise InputError(
             f"found {units} {what}; expected at least {folds}, one for each fold: log more decisions, or do without a model"
         )
     if seed < 0:
         raise InputError(f"found seed={seed}; expected a number of at least 0")
-    return np.random.default_rng(seed).permutation(np.arange(units) % folds)[unit]
+    return np.random.default_rng(seed).permutation(np.arange(units) % folds)
 
 
 def checked_propensity(column: str, propensity: ArrayLike, n: int, *, target: bool = False, first_row: int = 0) -> FloatArray:

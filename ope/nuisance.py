@@ -6,6 +6,7 @@ Models are scikit-learn estimators, cloned for every fold and never mutated. Cro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -15,9 +16,15 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import has_fit_parameter
 
-from ope.data import FloatArray, InputError, IntArray, LoggedData, assign_folds, checked_width
+from ope.data import BoolArray, FloatArray, InputError, IntArray, LoggedData, assign_folds, checked_width
 
 Design: TypeAlias = Literal["additive", "per_action"]
+
+Fitted: TypeAlias = Callable[[FloatArray], FloatArray]
+"""Features (m, d) -> predictions (m,)."""
+
+Predict: TypeAlias = Callable[[LoggedData, Any], FloatArray]
+"""A log and some of its rows (m,) -> predictions (m, k)."""
 
 Split: TypeAlias = tuple[IntArray, IntArray]
 """Rows to fit on, rows to predict."""
@@ -37,29 +44,44 @@ def cross_fit_reward(
     folds: int = 3,
     seed: int = 0,
     splits: Sequence[Split] | None = None,
+    most: int | None = None,
     progress: Callable[[], object] | None = None,
 ) -> FloatArray:
     """Predicted reward of every action in every row (n, k), each row by models that saw neither it nor its cluster.
 
     `splits`: other (train, test) rows than `folds` random ones; the test rows together must be every row once.
+    `most`: fit on about that many rows of the log, drawn at random, where it has more.
 
     "additive" fits one model on context and action (one-hot, or `action_features` where the log has them), "per_action"
     one on the context for each action, or the mean reward where an action was never taken. `model`: any scikit-learn
     regressor, or classifier of the reward's values; by default `default_reward_model`. `progress` is called per split.
     """
-    predict = _predict_per_action if design == "per_action" else _predict_additive if model is not None else _predict_linear
-    if design == "additive" and data.action_features is not None:
-        predict = _predict_additive
-    model = default_reward_model() if model is None else model
     checked_width("q", data.action, k)
-    if design not in ("additive", "per_action"):
-        raise InputError(f"found design {design!r}; expected 'additive' or 'per_action'")
+    drawn = None if most is None or data.n <= most else rows_to_fit(np.random.default_rng((seed, 2)), data.n, most / data.n)
     q = np.empty((data.n, k))
     for train, test in cross_splits(data, folds, seed) if splits is None else splits:
-        q[test] = predict(data, k, model, train, test)
+        q[test] = fit_rewards(data, k, train if drawn is None else train[drawn[train]], model, design=design)(data, test)
         if progress is not None:
             progress()
     return q
+
+
+def rows_to_fit(rng: np.random.Generator, n: int, share: float) -> BoolArray:
+    """Which of n rows models are fitted on, each with probability `share`. Parts of a log, one after the other, draw alike."""
+    return rng.random(n) < share
+
+
+def fit_rewards(data: LoggedData, k: int, train: IntArray, model: Any = None, *, design: Design = "additive") -> Predict:
+    """The model of `cross_fit_reward`, fitted on the rows `train`: predicts rows of any log with the same columns (m, k)."""
+    if design not in ("additive", "per_action"):
+        raise InputError(f"found design {design!r}; expected 'additive' or 'per_action'")
+    if design == "per_action":
+        return _fit_per_action(data, k, default_reward_model() if model is None else model, train)
+    features = _features(data, k, train, data.action[train])
+    fitted = fit_reward(default_reward_model() if model is None else model, features, data.reward[train], _weights(data, train))
+    if model is None and data.action_features is None:
+        return partial(_predict_linear, fitted, k)
+    return partial(_predict_additive, fitted, k)
 
 
 def cross_fit_propensity(data: LoggedData, k: int, model: Any = None, *, folds: int = 3, seed: int = 0) -> FloatArray:
@@ -82,35 +104,31 @@ def cross_splits(data: LoggedData, folds: int, seed: int) -> list[Split]:
     return [(np.flatnonzero(fold != held_out), np.flatnonzero(fold == held_out)) for held_out in range(folds)]
 
 
-def _predict_linear(data: LoggedData, k: int, model: Any, train: Any, test: Any) -> FloatArray:
+def _predict_linear(fitted: Fitted, k: int, data: LoggedData, rows: Any) -> FloatArray:
     """`_predict_additive` of a linear model: what an action adds is the same in every context, so k + 1 rows tell it."""
-    fitted = fit_reward(model, _features(data, k, train, data.action[train]), data.reward[train], _weights(data, train))
-    context = _context(data, test)
-    nothing = fitted(np.concatenate((context, np.zeros((len(test), k))), axis=1))
+    context = _context(data, rows)
+    nothing = fitted(np.concatenate((context, np.zeros((len(context), k))), axis=1))
     actions = fitted(np.concatenate((np.zeros((k + 1, context.shape[1])), np.eye(k + 1, k)), axis=1))
     return nothing[:, None] + (actions[:-1] - actions[-1])[None]
 
 
-def _predict_additive(data: LoggedData, k: int, model: Any, train: Any, test: Any) -> FloatArray:
-    fitted = fit_reward(model, _features(data, k, train, data.action[train]), data.reward[train], _weights(data, train))
-    return np.stack([fitted(_features(data, k, test, np.full(len(test), action))) for action in range(k)], axis=1)
+def _predict_additive(fitted: Fitted, k: int, data: LoggedData, rows: Any) -> FloatArray:
+    return np.stack([fitted(_features(data, k, rows, np.full(len(rows), action))) for action in range(k)], axis=1)
 
 
-def _predict_per_action(data: LoggedData, k: int, model: Any, train: Any, test: Any) -> FloatArray:
-    q = np.empty((len(test), k))
-    overall = np.average(data.reward[train], weights=_weights(data, train))
+def _fit_per_action(data: LoggedData, k: int, model: Any, train: IntArray) -> Predict:
+    overall = float(np.average(data.reward[train], weights=_weights(data, train)))
+    by_action: list[Fitted] = []
     for action in range(k):
         rows = train[data.action[train] == action]
         if len(rows) == 0:
-            q[:, action] = overall
+            by_action.append(lambda features: np.full(len(features), overall))
         else:
-            q[:, action] = fit_reward(model, _context(data, rows), data.reward[rows], _weights(data, rows))(_context(data, test))
-    return q
+            by_action.append(fit_reward(model, _context(data, rows), data.reward[rows], _weights(data, rows)))
+    return lambda other, rows: np.stack([fitted(_context(other, rows)) for fitted in by_action], axis=1)
 
 
-def fit_reward(
-    model: Any, features: FloatArray, reward: FloatArray, weight: FloatArray | None
-) -> Callable[[FloatArray], FloatArray]:
+def fit_reward(model: Any, features: FloatArray, reward: FloatArray, weight: FloatArray | None) -> Fitted:
     """The fitted prediction function; a constant where the rewards are."""
     if reward.min() == reward.max() or features.shape[1] == 0:
         constant = float(np.average(reward, weights=weight))

@@ -23,11 +23,11 @@ def compare(
     k: int,
     estimators: Sequence[str | Estimator] = ESTIMATORS,
     seed: int = 0,
-    progress: Callable[[], object] | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[str, Report]:
     """Reports on fold B of the logging policy, of uniform and of what each learner made of fold A. Delta is against the log.
 
-    The reward model behind DR was fitted on fold A too. `progress` is called after each learner.
+    The reward model behind DR was fitted on fold A too. `progress` is told the learners done, and of how many.
     """
     fold_a, fold_b = (data.take(rows) for rows in halves(data, seed))
     batch = DecisionBatch.of_log(fold_b, k)
@@ -37,10 +37,9 @@ def compare(
         "logging": evaluate(fold_b, "logging", q, baseline="logging", estimators=value),
         "uniform": report_on(fold_b, batch, Uniform(), q, estimators),
     }
-    for name, learner in learners.items():
+    for done, (name, learner) in enumerate(learners.items(), 1):
         reports[name] = report_on(fold_b, batch, learner.fit(fold_a, k=k, seed=seed), q, estimators)
-        if progress is not None:
-            progress()
+        progress(done, len(learners))
     return reports
 
 

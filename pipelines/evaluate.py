@@ -1,29 +1,40 @@
-"""Evaluate a policy on a log in a file: what `propel ope` runs."""
+"""Evaluate a policy on a log in a file: what `propel ope` runs. The log comes in parts, and only sums are kept."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from ope import DataError, Report, evaluate
-from ope.accumulate import Candidate, Target, checked_shapes
-from ope.data import FloatArray
-from ope.estimators import Estimator, estimator
+import numpy as np
+from numpy.typing import NDArray
+
+from ope import DataError, Report
+from ope.accumulate import Part
+from ope.data import FloatArray, IntArray, LoggedData, folds_of_units
+from ope.estimators import estimator
+from ope.evaluation import Choice, choose, evaluate_parts, part_of
 from ope.intervals import Interval
-from ope.nuisance import Design, cross_fit_reward
-from pipelines.frame import ColumnMap, Log
-from pipelines.importers.files import column_names, read_log, read_policy
+from ope.moments import ClusterSums
+from ope.nuisance import Design, Predict, fit_rewards, rows_to_fit
+from pipelines.frame import ColumnMap, units
+from pipelines.log_file import LogFile, open_log
+from pipelines.policies import Policy, is_column, open_policy
 
 FOLDS = 3
 """Folds of the cross-fitted reward model."""
 
+MOST_ROWS = 1_000_000
+"""About as many rows of a log, drawn at random, are enough to fit a reward model on."""
 
-class Evaluated(NamedTuple):
-    """A report, and the log that it is about."""
+BUCKETS = 64
+"""Files that cluster sums of a log are spread over, by cluster, until all of its rows have been read."""
 
-    log: Log
-    report: Report
+Progress = Callable[[int, int], object]
+"""Told the rows done, and how many there are to do."""
 
 
 def evaluate_file(
@@ -38,50 +49,166 @@ def evaluate_file(
     k: int | None = None,
     design: Design = "additive",
     seed: int = 0,
-    progress: Callable[[], object] | None = None,
-) -> Evaluated:
-    """Read a log, resolve the policies, fit a reward model where there is a context, and evaluate.
+    progress: Progress = lambda done, total: None,
+) -> Report:
+    """Read a log part by part, ask the policies, fit a reward model where there is a context, and evaluate.
 
     Raises DataError, naming file, column and row, or InputError for estimators whose needs are not met.
     """
     chosen = None if estimators is None else [estimator(name) for name in estimators]
-    also = [spec for spec in (policy, baseline) if spec is not None and _may_be_column(spec)]
-    log = read_log(path, columns, also=also, k=k)
-    there = column_names(path)
-    target = read_policy(policy, log, k, there)
-    against = None if baseline is None else read_policy(baseline, log, k, there)
-    try:
-        checked_shapes(log.data, Candidate("target", target, ()), against)
-        q = _reward_model(log, target, chosen, design, seed, progress) if columns.context else None
-        report = evaluate(log.data, target, q, baseline=against, estimators=chosen, level=level, interval=interval)
-    except DataError as error:
-        raise _located(error, log, columns, policy, baseline) from None
-    return Evaluated(log, report)
+    also = [spec for spec in (policy, baseline) if spec is not None and is_column(spec)]
+    log = open_log(path, columns, also=also, k=k)
+    target = open_policy(policy, log)
+    against = None if baseline is None else open_policy(baseline, log)
+    modelled = bool(log.columns.context) and target.vectors and (chosen is None or any(one.needs.q for one in chosen))
+    choice = choose(chosen, modelled, against is not None, interval, level)
+    passes = 2 if modelled else 1
+    model = _fit(log, design, seed, lambda rows: progress(rows, passes * log.n)) if modelled else None
+    done = log.n if modelled else 0
+    parts = _evaluated(log, choice, target, against, model, lambda rows: progress(done + rows, passes * log.n))
+    with TemporaryDirectory(prefix="propel-") as folder:
+        try:
+            return evaluate_parts(parts, log.n, choice, level=level, grouping=_Buckets(Path(folder)))
+        except DataError as error:
+            raise _located(error, log, policy, baseline) from None
 
 
-def _may_be_column(spec: str) -> bool:
-    return spec not in ("uniform", "logging") and not Path(spec).is_file()
+def _evaluated(
+    log: LogFile,
+    choice: Choice,
+    target: Policy,
+    baseline: Policy | None,
+    model: _RewardModel | None,
+    progress: Callable[[int], object],
+) -> Iterator[Part]:
+    """Parts of the log with what policies and reward model say of them."""
+    for first, part in log.parts():
+        data = part.data
+        pi, rho = target.on(part), None if baseline is None else baseline.on(part)
+        try:
+            q = None if model is None else model.predict(data, first)
+            yield part_of(data, choice, pi, q, rho)
+        except DataError as error:
+            raise error.shifted(first) from None
+        progress(first + data.n)
 
 
-def _reward_model(
-    log: Log,
-    target: Target,
-    chosen: Sequence[Estimator] | None,
-    design: Design,
-    seed: int,
-    progress: Callable[[], object] | None,
-) -> FloatArray | None:
-    """Cross-fitted predictions (n, k), or None where no estimator would use them."""
-    vector = log.data.propensities if isinstance(target, str) else target
-    if vector is None or vector.ndim != 2 or (chosen is not None and not any(one.needs.q for one in chosen)):
-        return None
-    return cross_fit_reward(log.data, vector.shape[1], design=design, folds=FOLDS, seed=seed, progress=progress)
+@dataclass(frozen=True, slots=True, eq=False)
+class _RewardModel:
+    """One model per fold, each fitted on rows of the other folds."""
+
+    models: tuple[Predict, ...]
+    folds: _Folds
+
+    def predict(self, data: LoggedData, first: int) -> FloatArray:
+        """Rewards of all actions (n, k) in the rows from `first` on, each by the model that saw neither the row nor its cluster."""
+        fold = self.folds.of(data, first)
+        rows = [np.flatnonzero(fold == index) for index in range(len(self.models))]
+        predicted = [model(data, some) for model, some in zip(self.models, rows, strict=True)]
+        q = np.empty((data.n, predicted[0].shape[1]))
+        for some, values in zip(rows, predicted, strict=True):
+            q[some] = values
+        return q
 
 
-def _located(error: DataError, log: Log, columns: ColumnMap, policy: str, baseline: str | None) -> DataError:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Folds:
+    """Folds of `ope.data.assign_folds`, for a log that is never whole in memory."""
+
+    fold: IntArray
+    """Of each row, or of each cluster of `units`."""
+    units: NDArray[np.generic] | None
+    """All clusters, sorted."""
+
+    def of(self, data: LoggedData, first: int) -> IntArray:
+        """Fold of each row of a part that begins at row `first`."""
+        if self.units is None or data.cluster is None:
+            return self.fold[first : first + data.n]
+        return self.fold[np.searchsorted(self.units, data.cluster)]
+
+
+def _folds(log: LogFile, seed: int) -> _Folds:
+    if log.columns.cluster is None:
+        return _Folds(folds_of_units(log.n, FOLDS, seed, "rows").astype(np.int8), None)
+    known = np.unique(np.concatenate([np.unique(units(part)) for part in log.column(log.columns.cluster)]))
+    return _Folds(folds_of_units(len(known), FOLDS, seed, "clusters").astype(np.int8), known)
+
+
+def _fit(log: LogFile, design: Design, seed: int, progress: Callable[[int], object]) -> _RewardModel:
+    """Models of every fold, fitted on no more than about `MOST_ROWS` rows in all."""
+    folds, rng = _folds(log, seed), np.random.default_rng((seed, 2))
+    kept: list[LoggedData] = []
+    fold: list[IntArray] = []
+    k = 0
+    for first, part in log.parts():
+        data, k = part.data, part.width
+        rows = slice(0, data.n) if log.n <= MOST_ROWS else np.flatnonzero(rows_to_fit(rng, data.n, MOST_ROWS / log.n))
+        kept.append(data.take(rows))
+        fold.append(folds.of(data, first)[rows])
+        progress(first + data.n)
+    sample, where = _joined(kept), np.concatenate(fold)
+    models = tuple(fit_rewards(sample, k, np.flatnonzero(where != index), design=design) for index in range(FOLDS))
+    return _RewardModel(models, folds)
+
+
+def _joined(parts: Sequence[LoggedData]) -> LoggedData:
+    """One log of what a reward model looks at."""
+
+    def joined(name: str) -> Any:
+        arrays = [getattr(part, name) for part in parts]
+        return None if arrays[0] is None else np.concatenate(arrays)
+
+    action, reward, propensity = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("action", "reward", "propensity")
+    )
+    return LoggedData(action, reward, propensity, context=joined("context"), sample_weight=joined("sample_weight"))
+
+
+class _Buckets:
+    """Sums of clusters in files: all of a cluster's in the same one, so that one bucket at a time is added up in memory."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._width = folder, 0
+        self._kind = np.dtype(np.int64)
+
+    def add(self, sums: ClusterSums) -> None:
+        """Append the sums to their clusters' files."""
+        self._width, self._kind = sums.total.shape[1], sums.cluster.dtype
+        bucket = _bucket(sums.cluster)
+        order = np.argsort(bucket, kind="stable")
+        ends = np.searchsorted(bucket[order], np.arange(BUCKETS + 1))
+        clusters, totals = sums.cluster[order], sums.total[order]
+        for index, (start, end) in enumerate(pairwise(ends)):
+            with self._path(index, "clusters").open("ab") as file:
+                file.write(clusters[start:end].tobytes())
+            with self._path(index, "totals").open("ab") as file:
+                file.write(totals[start:end].tobytes())
+
+    def groups(self) -> Iterator[ClusterSums]:
+        """Sums over all rows, bucket by bucket."""
+        for index in range(BUCKETS):
+            clusters = np.fromfile(self._path(index, "clusters"), dtype=self._kind)
+            totals = np.fromfile(self._path(index, "totals"))
+            if len(clusters):
+                yield ClusterSums.of(totals.reshape(-1, self._width), clusters)
+
+    def _path(self, index: int, what: str) -> Path:
+        return self._folder / f"{index}.{what}"
+
+
+def _bucket(clusters: NDArray[np.generic]) -> NDArray[np.int8]:
+    """Bucket of each cluster (n,): the top bits of its value's bytes times a large odd number. Knuth 1998, section 6.4."""
+    whole = clusters if clusters.dtype.itemsize == 8 else clusters.astype(np.float64)
+    mixed = whole.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return (mixed >> np.uint64(64 - 6)).astype(np.int8)
+
+
+def _located(error: DataError, log: LogFile, policy: str, baseline: str | None) -> DataError:
     """Say which file and column an array came from."""
+    if error.source is not None:
+        return error
     specs = {"target": policy, "baseline": baseline or ""}
     spec = specs.get(error.column, "")
     if spec and Path(spec).is_file():
         return error.located(spec, {error.column: "p_0, p_1, ..."})
-    return error.located(log.source, {**columns.named(), **specs})
+    return error.located(log.source, {**log.columns.named(), **specs})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from ope.data import LARGEST, BoolArray, DataError, FloatArray, IntArray, LoggedData
 
@@ -18,6 +20,9 @@ MAX_ACTIONS = 1_000_000
 
 METADATA = b"propel"
 """Key of a Parquet file's own remarks on its columns: a JSON object of `ColumnMap` fields and `propensity_estimated`."""
+
+MISSING = "(missing)"
+"""Level of a category that is not there."""
 
 MAX_LEVELS = 1000
 """A text column with more levels than this is an identifier, not a feature."""
@@ -69,28 +74,62 @@ class Log:
     """Action labels in index order, where the file named its actions by text."""
     ordered: bool
     """True where indices or given labels fix what the j-th entry of a vector means."""
+    k: int
+    """Number of actions that the whole log shows, or that was given."""
 
-    def width(self, k: int | None = None) -> int:
-        """Number of actions: of vectors, sets or labels where there are any, else `k` or the highest index plus one."""
-        for array in (self.data.propensities, self.data.eligible):
-            if array is not None:
-                return int(array.shape[1])
-        return max(k or 0, len(self.labels or ()), int(self.data.action.max()) + 1)
+    @property
+    def width(self) -> int:
+        """Number of actions: of vectors or sets where there are any, else what the whole log shows."""
+        vectors = (self.data.propensities, self.data.eligible)
+        return next((int(array.shape[1]) for array in vectors if array is not None), self.k)
 
 
-def to_log(frame: pl.DataFrame, columns: ColumnMap, source: str, *, k: int | None = None) -> Log:
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What only all rows of a log together say."""
+
+    k: int
+    """Number of actions: given, or that of labels, or the highest index (taken or eligible) plus one."""
+    labels: tuple[str, ...] | None
+    ordered: bool
+    levels: Mapping[str, tuple[str, ...]]
+    """Texts of each context column that holds no numbers."""
+
+
+def shape_of(frame: pl.LazyFrame, columns: ColumnMap, k: int | None) -> Shape:
+    """Read what all rows together say. Raises DataError for a context column of too many texts, or of numbers and a few texts."""
+    schema = frame.collect_schema()
+    kind, labels = schema[columns.action], columns.labels or None
+    highest = len(labels or ()) - 1
+    if labels is None and not kind.is_numeric() and not kind.is_nested():
+        texts = pl.col(columns.action).cast(pl.String).drop_nulls().unique()
+        labels = tuple(frame.select(texts).collect(engine="streaming").to_series().sort().to_list())
+        highest = len(labels) - 1
+    elif kind.is_numeric() and labels is None:
+        largest = frame.select(pl.col(columns.action).max()).collect(engine="streaming").item() or 0
+        highest = int(largest) if math.isfinite(largest) else 0  # what is no action is refused where its row is known
+        lists = None if columns.eligible is None else schema[columns.eligible]
+        if isinstance(lists, pl.List) and lists.inner.is_integer():
+            eligible = frame.select(pl.col(columns.eligible or "").list.max().max()).collect(engine="streaming").item()
+            highest = max(highest, int(eligible or 0))
+    levels = {name: _levels(frame, name) for name in columns.context if not schema[name].is_numeric()}
+    return Shape(max(k or 0, highest + 1), labels, labels is None or bool(columns.labels), levels)
+
+
+def to_log(frame: pl.DataFrame, columns: ColumnMap, source: str, *, k: int | None = None, shape: Shape | None = None) -> Log:
     """Validate a frame's columns into a log. Integer actions are indices; text actions are numbered in sorted order.
 
+    `shape`: what all rows say, where the frame holds only some of them.
     Raises DataError naming the file, its column, the first offending row, what was expected and what to do.
     """
     named = columns.named()
-    require_columns(frame.columns, [*named.values(), *columns.context], source)
+    check_columns(frame.columns, columns, source)
     if frame.height == 0:
         raise DataError("", "an empty log", "at least one row", "Check the filter or the date that wrote it.", source=source)
-    _reject_leaks(columns, source)
     try:
-        action, labels = action_indices(frame[columns.action], columns.labels)
-        ordered = labels is None or bool(columns.labels)
+        shape = shape_of(frame.lazy(), columns, k) if shape is None else shape
+        labels = shape.labels
+        action, _ = action_indices(frame[columns.action], labels or ())
         if k is not None and k <= int(action.max()):
             row = int(np.argmax(action >= k))
             raise DataError("action", f"action {int(action[row])}", f"an index below --actions {k}", "Raise --actions.", row=row)
@@ -99,21 +138,32 @@ def to_log(frame: pl.DataFrame, columns: ColumnMap, source: str, *, k: int | Non
             if name in named:
                 arrays[name] = numbers(name, frame[named[name]])
         if "eligible" in named:
-            least = max(k or 0, len(columns.labels), int(action.max()) + 1)
-            arrays["eligible"] = eligible_sets(frame[named["eligible"]], labels, least)
+            arrays["eligible"] = eligible_sets(frame[named["eligible"]], labels, shape.k)
             if columns.by_eligible and "propensities" in named:
                 arrays["propensities"] = _scattered(frame, named, labels, arrays["eligible"].shape[1])
         if "propensities" in named and "propensities" not in arrays:
-            arrays["propensities"] = action_vectors("propensities", frame[named["propensities"]], labels, ordered)
+            arrays["propensities"] = action_vectors("propensities", frame[named["propensities"]], labels, shape.ordered)
         if "cluster" in named:
-            _reject_missing("cluster", frame[named["cluster"]])
-            _reject_nested("cluster", frame[named["cluster"]])
-            arrays["cluster"] = frame[named["cluster"]].to_numpy()
+            arrays["cluster"] = units(frame[named["cluster"]])
         if columns.context:
-            arrays["context"] = design_matrix(frame, columns.context)
-        return Log(LoggedData(**arrays, propensity_estimated=columns.propensity_estimated), frame, source, labels, ordered)
+            arrays["context"] = design_matrix(frame, columns.context, shape.levels)
+        data = LoggedData(**arrays, propensity_estimated=columns.propensity_estimated)
+        return Log(data, frame, source, labels, shape.ordered, shape.k)
     except DataError as error:
         raise error.located(source, named) from None
+
+
+def check_columns(there: Sequence[str], columns: ColumnMap, source: str) -> None:
+    """Raise DataError where a named column is not there, or the context holds what happened."""
+    require_columns(there, [*columns.named().values(), *columns.context], source)
+    _reject_leaks(columns, source)
+
+
+def units(column: pl.Series) -> NDArray[Any]:
+    """A column of units (n,): numbers as they are, texts as 64-bit hashes, which sort and compare in a fraction of the time."""
+    _reject_missing("cluster", column)
+    _reject_nested("cluster", column)
+    return (column if column.dtype.is_numeric() else column.cast(pl.String).hash(seed=0)).to_numpy()
 
 
 def _reject_leaks(columns: ColumnMap, source: str) -> None:
@@ -197,34 +247,46 @@ def is_vector(column: pl.Series) -> bool:
     return isinstance(column.dtype, pl.List | pl.Array) or (column.dtype == pl.String and _starts_a_list(column))
 
 
-def design_matrix(frame: pl.DataFrame, names: Sequence[str]) -> FloatArray:
-    """Columns as features (n, d): numbers as they are, text, booleans and categories one column per level."""
+def design_matrix(frame: pl.DataFrame, names: Sequence[str], levels: Mapping[str, tuple[str, ...]] | None = None) -> FloatArray:
+    """Columns as features (n, d): numbers as they are, text, booleans and categories one column per level.
+
+    `levels`: those of the whole log, where the frame holds only some of its rows.
+    """
     blocks: list[FloatArray] = []
     for name in names:
         column = frame[name]
-        if column.dtype.is_numeric():
-            values = numbers(name, column)
-            if not (np.abs(values) < LARGEST).all():
-                row = int(np.argmin(np.abs(values) < LARGEST))
-                raise DataError(
-                    name,
-                    f"{values[row]}",
-                    f"a finite number below {LARGEST:g} in size",
-                    "Fill or drop it before evaluating.",
-                    row=row,
-                )
-            blocks.append(values[:, None])
+        if not column.dtype.is_numeric():
+            known = _levels(frame.lazy(), name) if levels is None else levels[name]
+            texts = column.cast(pl.String).fill_null(MISSING)
+            blocks.append((texts.to_numpy()[:, None] == np.array(known, dtype=object)[None, :]).astype(np.float64))
             continue
-        _reject_nested(name, column)
-        _reject_stray_text(name, column)
-        levels = column.cast(pl.String).fill_null("(missing)")
-        known = levels.unique().sort()
-        if len(known) > MAX_LEVELS:
-            raise DataError(
-                name, f"{len(known):,} different texts", f"at most {MAX_LEVELS:,}", "Leave identifiers out of the context."
-            )
-        blocks.append((levels.to_numpy()[:, None] == known.to_numpy()[None, :]).astype(np.float64))
+        values = numbers(name, column)
+        if not (np.abs(values) < LARGEST).all():
+            row = int(np.argmin(np.abs(values) < LARGEST))
+            expected = f"a finite number below {LARGEST:g} in size"
+            raise DataError(name, f"{values[row]}", expected, "Fill or drop it before evaluating.", row=row)
+        blocks.append(values[:, None])
     return np.concatenate(blocks, axis=1)
+
+
+def _levels(frame: pl.LazyFrame, name: str) -> tuple[str, ...]:
+    """The texts of a column, sorted. Raises DataError where they are too many, or numbers but for a few cells: those are typos."""
+    kind = frame.collect_schema()[name]
+    if kind.is_nested():
+        raise DataError(name, f"{kind} values", "one number or text per row", "Unnest the column, or map another one.")
+    column = pl.col(name)
+    if kind == pl.String:
+        stray = column.is_not_null() & column.cast(pl.Float64, strict=False).is_null()
+        found = frame.select(stray.sum().alias("stray"), pl.len().alias("n")).collect(engine="streaming")
+        if 0 < found["stray"][0] < found["n"][0] / 2:
+            row, text = frame.select(column).with_row_index("row").filter(stray).head(1).collect().row(0)
+            raise DataError(
+                name, f"{text!r} among numbers", "numbers, or texts", "Clean the cell, or leave it empty.", row=int(row)
+            )
+    texts = frame.select(column.cast(pl.String).fill_null(MISSING).unique()).collect(engine="streaming").to_series().sort()
+    if len(texts) > MAX_LEVELS:
+        raise DataError(name, f"{len(texts):,} different texts", f"at most {MAX_LEVELS:,}", "Leave identifiers out of the context.")
+    return tuple(texts.to_list())
 
 
 def action_indices(column: pl.Series, given: tuple[str, ...]) -> tuple[IntArray, tuple[str, ...] | None]:
@@ -340,16 +402,6 @@ def _is_entry(item: Any, inner: Any) -> bool:
 def _reject_nested(name: str, column: pl.Series) -> None:
     if column.dtype.is_nested():
         raise DataError(name, f"{column.dtype} values", "one number or text per row", "Unnest the column, or map another one.")
-
-
-def _reject_stray_text(name: str, column: pl.Series) -> None:
-    """Raise DataError where a text column is one of numbers but for a few cells: a typo must not turn it into categories."""
-    if column.dtype != pl.String:
-        return
-    stray = column.is_not_null() & column.cast(pl.Float64, strict=False).is_null()
-    if 0 < int(stray.sum()) < len(column) / 2:
-        row = int(stray.arg_max() or 0)
-        raise DataError(name, f"{column[row]!r} among numbers", "numbers, or texts", "Clean the cell, or leave it empty.", row=row)
 
 
 def _starts_a_list(column: pl.Series) -> bool:

@@ -84,8 +84,8 @@ def compare(
         )
         read = read_log(log, columns, k=actions)
         chosen = learners_named(split(learners), read.data.reward)
-        with progress("Learning", len(chosen)) as advance:
-            reports = compare_learners(read.data, chosen, k=read.width(actions), seed=seed, progress=advance)
+        with progress("Learning") as advance:
+            reports = compare_learners(read.data, chosen, k=read.width, seed=seed, progress=advance)
     if as_json:
         records = [{"policy": name} | record for name, report in reports.items() for record in report.to_records(force=force)]
         typer.echo(json.dumps(records, indent=2, allow_nan=False))

@@ -47,6 +47,7 @@ from pipelines.frame import (
     require_columns,
     shown,
     to_log,
+    units,
 )
 from pipelines.propensity_model import FOLDS, folds_of, propensity_model
 from pipelines.tables import number
@@ -338,18 +339,9 @@ def _decisions(frame: pl.DataFrame, columns: ColumnMap, k: int | None) -> _Decis
     if weight is not None and not (good := (weight > 0) & (weight < LARGEST)).all():
         row = int(np.argmin(good))
         raise DataError("sample_weight", f"{weight[row]}", "a positive weight", "Drop rows that stand for nothing.", row=row)
-    cluster = None if columns.cluster is None else _cluster(frame[columns.cluster])
+    cluster = None if columns.cluster is None else np.unique(units(frame[columns.cluster]), return_inverse=True)[1]
     context = design_matrix(frame, columns.context)
     return _Decisions(action, context, width if eligible is None else eligible.shape[1], labels, cluster, weight, eligible)
-
-
-def _cluster(column: pl.Series) -> IntArray:
-    if column.null_count():
-        row = int(column.is_null().arg_max() or 0)
-        raise DataError(
-            "cluster", "a missing value", "a unit id in every row", "Drop the row, or give it an id of its own.", row=row
-        )
-    return np.unique(column.to_numpy().astype(str), return_inverse=True)[1]
 
 
 def _fitted(model: Any, decisions: _Decisions, train: IntArray) -> Any:

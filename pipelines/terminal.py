@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -47,19 +47,16 @@ def bad_input() -> Iterator[None]:
 
 
 @contextmanager
-def progress(what: str, steps: int, *, bytes_read: bool = False) -> Iterator[Any]:
-    """A bar on standard error, gone when done; yields a function to call after each step, or with the bytes read so far."""
+def progress(what: str) -> Iterator[Callable[[int, int], object]]:
+    """A bar on standard error, gone when done; yields a function to tell how much is done, and how much there is to do."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     console = Console(file=sys.stderr)
-    columns = (TextColumn(what), BarColumn(), TimeElapsedColumn(), *([TimeRemainingColumn()] if bytes_read else []))
+    columns = (TextColumn(what), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=steps, visible=False)
-        if bytes_read:
-            yield lambda done: bar.update(task, completed=done, visible=True)
-        else:
-            yield lambda: bar.update(task, advance=1, visible=True)
+        task = bar.add_task("", total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
 def split(text: str | None, *, keep_parentheses: bool = False) -> list[str] | None:
