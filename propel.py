@@ -122,21 +122,22 @@ def ope(
         from pipelines.evaluate import evaluate_file
         from pipelines.frame import ColumnMap
 
+    columns = ColumnMap(
+        action=action,
+        reward=reward,
+        propensity=propensity,
+        propensities=propensities,
+        eligible=eligible,
+        sample_weight=weight,
+        cluster=cluster,
+        context=tuple(split(context) or ()),
+        labels=tuple(split(labels) or ()),
+    )
     with bad_input(), progress("Evaluating") as advance:
         report = evaluate_file(
             log,
             policy,
-            ColumnMap(
-                action=action,
-                reward=reward,
-                propensity=propensity,
-                propensities=propensities,
-                eligible=eligible,
-                sample_weight=weight,
-                cluster=cluster,
-                context=tuple(split(context) or ()),
-                labels=tuple(split(labels) or ()),
-            ),
+            columns,
             baseline=baseline,
             estimators=split(estimators, keep_parentheses=True),
             interval=_interval(interval, weight_bound, reward_range, resamples, seed),
@@ -157,6 +158,50 @@ def ope(
         print_report(Console(), title, report, force=force)
     if report.refused:
         raise typer.Exit(ALL_REFUSED)
+    if report.log.estimated and policy != "logging" and not as_json:
+        from pipelines.evaluate import bounds_of_file
+        from pipelines.propensities import print_bounds
+
+        with bad_input():
+            print_bounds(Console(), bounds_of_file(log, policy, columns, k=actions))
+
+
+@app.command()
+def propensities(
+    log: LogFile,
+    context: Annotated[str, typer.Option(help="Comma-separated columns that the logging policy looked at.")],
+    to: Annotated[Path, typer.Option(help="Parquet file for the log with its estimates; must be new.")],
+    action: ActionColumn = "action",
+    eligible: EligibleColumn = None,
+    cluster: ClusterColumn = None,
+    weight: WeightColumn = None,
+    actions: ActionCount = None,
+    labels: Labels = None,
+    seed: Seed = 0,
+) -> None:
+    """Estimate the propensities that a log lacks, cross-fitted and calibrated. Verdicts on it are at most caution.
+
+    Exit codes: 0 good, 2 bad input, or a log that a fixed rule wrote.
+    """
+    with bad_input():
+        from rich.console import Console
+
+        from ope.data import InputError
+        from pipelines.frame import ColumnMap
+        from pipelines.importers.files import file_metadata, read_frame, remarks
+        from pipelines.propensities import estimate_propensities, print_propensities, write
+
+        if to.exists():
+            raise InputError(f"found {to} already there; expected a new file: name another one")
+        columns = ColumnMap(
+            action=action, eligible=eligible, sample_weight=weight, cluster=cluster, context=tuple(split(context) or ()),
+            labels=tuple(split(labels) or ()),
+        ).with_remarks(remarks(log))  # fmt: skip
+        frame = read_frame(log)
+        found = estimate_propensities(frame, columns, source=str(log), k=actions, seed=seed)
+        write(to, frame, found, metadata=file_metadata(log))
+        print_propensities(Console(), found)
+        typer.echo(f"{frame.height:,} rows in {to}: propel ope --log {to} --policy uniform --context {context}")
 
 
 @app.command("import")

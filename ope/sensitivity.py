@@ -7,10 +7,24 @@ Kallus & Zhou 2018, "Confounding-robust policy improvement"; Zhao, Small & Bhatt
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ope.data import BoolArray, DataError, FloatArray, InputError, checked_finite, checked_propensity
+
+GAMMAS = (1.0, 1.5, 2.0, 3.0)
+"""Factors between true and estimated odds that bounds are shown for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Smallest and largest self-normalised value where the odds of propensities are wrong by a factor of at most `gamma`."""
+
+    gamma: float
+    low: float
+    high: float
 
 
 def value_bounds(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +19,13 @@ from ope.estimators import estimator
 from ope.evaluation import Choice, choose, evaluate_parts, part_of
 from ope.intervals import Interval
 from ope.moments import ClusterSums
-from ope.nuisance import Design, Predict, fit_rewards, rows_to_fit
+from ope.sensitivity import GAMMAS, Bounds, value_bounds
 from pipelines.frame import ColumnMap, units
 from pipelines.log_file import LogFile, open_log
 from pipelines.policies import Policy, is_column, open_policy
+
+if TYPE_CHECKING:
+    from ope.nuisance import Design, Predict
 
 FOLDS = 3
 """Folds of the cross-fitted reward model."""
@@ -71,6 +74,24 @@ def evaluate_file(
             return evaluate_parts(parts, log.n, choice, level=level, grouping=_Buckets(Path(folder)))
         except DataError as error:
             raise _located(error, log, policy, baseline) from None
+
+
+def bounds_of_file(
+    path: Path, policy: str, columns: ColumnMap, *, gammas: Sequence[float] = GAMMAS, k: int | None = None
+) -> tuple[Bounds, ...]:
+    """Between which ends a policy's value lies if propensities are wrong by at most each factor in their odds.
+
+    Reads the log once more, and keeps four numbers per row. Raises what `evaluate_file` does, and InputError for a factor below 1.
+    """
+    log = open_log(path, columns, also=[policy] if is_column(policy) else [], k=k)
+    target = open_policy(policy, log)
+    kept: list[tuple[FloatArray, ...]] = []
+    for _, part in log.parts():
+        data, pi = part.data, target.on(part)
+        taken = data.propensity if isinstance(pi, str) else pi if pi.ndim == 1 else pi[np.arange(data.n), data.action]
+        kept.append((taken, data.propensity, data.reward, np.ones(data.n) if data.sample_weight is None else data.sample_weight))
+    taken, propensity, reward, weight = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))
+    return tuple(Bounds(gamma, *value_bounds(taken, propensity, reward, gamma, weight)) for gamma in gammas)
 
 
 def _evaluated(
@@ -136,6 +157,8 @@ def _folds(log: LogFile, seed: int) -> _Folds:
 
 def _fit(log: LogFile, design: Design, seed: int, progress: Callable[[int], object]) -> _RewardModel:
     """Models of every fold, fitted on no more than about `MOST_ROWS` rows in all."""
+    from ope.nuisance import fit_rewards, rows_to_fit  # loads scikit-learn, a second that evaluation without a model need not wait
+
     folds, rng = _folds(log, seed), np.random.default_rng((seed, 2))
     kept: list[LoggedData] = []
     fold: list[IntArray] = []

@@ -155,6 +155,12 @@ def to_log(frame: pl.DataFrame, columns: ColumnMap, source: str, *, k: int | Non
 
 def check_columns(there: Sequence[str], columns: ColumnMap, source: str) -> None:
     """Raise DataError where a named column is not there, or the context holds what happened."""
+    if columns.propensity not in there and columns.action in there:
+        raise DataError(
+            columns.propensity, "no such column", f"the probability of each action taken, in one of {shown(there)}",
+            "Name it with --propensity. Where it was never logged, `propel propensities` estimates it; never fill in a number.",
+            source=source,
+        )  # fmt: skip
     require_columns(there, [*columns.named().values(), *columns.context], source)
     _reject_leaks(columns, source)
 

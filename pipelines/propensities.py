@@ -35,7 +35,7 @@ from ope.data import (
 )
 from ope.diagnostics import calibration as calibration_p_value
 from ope.nuisance import fit_model
-from ope.sensitivity import value_bounds
+from ope.sensitivity import GAMMAS, Bounds, value_bounds
 from pipelines.frame import (
     METADATA,
     ColumnMap,
@@ -209,16 +209,7 @@ def write(path: Path, frame: pl.DataFrame, found: EstimatedPropensities, *, meta
     pq.write_table(table.replace_schema_metadata({**kept, METADATA: json.dumps(others | says).encode()}), path)
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """Smallest and largest self-normalised value where the odds of propensities are wrong by a factor of at most `gamma`."""
-
-    gamma: float
-    low: float
-    high: float
-
-
-def bounds_table(log: Log, target: Target, gammas: Sequence[float] = (1, 1.5, 2, 3)) -> tuple[Bounds, ...]:
+def bounds_table(log: Log, target: Target, gammas: Sequence[float] = GAMMAS) -> tuple[Bounds, ...]:
     """`ope.sensitivity.value_bounds` of a policy for every factor. "logging" is the plain mean, whatever its propensities.
 
     Raises DataError for a target that is no policy on this log, InputError for a factor below 1.

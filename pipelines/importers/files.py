@@ -53,11 +53,15 @@ def unreadable(path: Path, error: Exception) -> DataError:
 
 def remarks(path: Path) -> dict[str, Any]:
     """What a Parquet file says of its own columns: `ColumnMap` fields. Empty where it says nothing, or cannot be read."""
+    found = json.loads(file_metadata(path).get(METADATA, b"{}"))
+    return found if isinstance(found, dict) else {}
+
+
+def file_metadata(path: Path) -> dict[bytes, bytes]:
+    """Key-value pairs of a Parquet file; none where it cannot be read, which reading its rows then tells."""
     if path.suffix.lower() != ".parquet" or not path.is_file():
         return {}
     try:
-        said = pq.read_metadata(path).metadata or {}
+        return pq.read_metadata(path).metadata or {}
     except (pa.ArrowInvalid, OSError):
-        return {}  # read_frame tells what is wrong with it
-    found = json.loads(said.get(METADATA, b"{}"))
-    return found if isinstance(found, dict) else {}
+        return {}
