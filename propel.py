@@ -160,7 +160,7 @@ def ope(
         raise typer.Exit(ALL_REFUSED)
     if report.log.estimated and policy != "logging" and not as_json:
         from pipelines.evaluate import bounds_of_file
-        from pipelines.propensities import print_bounds
+        from pipelines.tables import print_bounds
 
         with bad_input():
             print_bounds(Console(), bounds_of_file(log, policy, columns, k=actions))

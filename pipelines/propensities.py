@@ -227,20 +227,6 @@ def bounds_table(log: Log, target: Target, gammas: Sequence[float] = GAMMAS) -> 
     return tuple(Bounds(gamma, *value_bounds(taken, propensity, data.reward, gamma, data.sample_weight)) for gamma in gammas)
 
 
-def print_bounds(console: Console, bounds: Sequence[Bounds]) -> None:
-    """Bounds as a table, and what they leave out."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("wrong by", "lowest value", "highest value"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for one in bounds:
-        table.add_row(f"{one.gamma:g}", number(one.low), number(one.high))
-    console.print(table)
-    console.print(
-        "Values that are possible if the odds of every propensity are wrong by at most this factor. Sampling error comes on top.",
-        style="dim",
-    )
-
-
 def print_propensities(console: Console, found: EstimatedPropensities) -> None:
     """The calibration table, the smallest propensities, how predictable the actions were, and what follows for a verdict."""
     table = Table(box=None, pad_edge=False)

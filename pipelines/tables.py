@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ope import Estimate, Report
+from ope.sensitivity import Bounds
 
 STYLES = {"trust": "green", "caution": "yellow", "refused": "red"}
 
@@ -43,6 +44,20 @@ def print_reports(
         console.print(f"- {escape(line)}", highlight=False)
     for line in notes(reports):
         console.print(f"  {escape(line)}", highlight=False, style="dim")
+
+
+def print_bounds(console: Console, bounds: Sequence[Bounds]) -> None:
+    """Bounds as a table, and what they leave out."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("wrong by", "lowest value", "highest value"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for one in bounds:
+        table.add_row(f"{one.gamma:g}", number(one.low), number(one.high))
+    console.print(table)
+    console.print(
+        "Values that are possible if the odds of every propensity are wrong by at most this factor. Sampling error comes on top.",
+        style="dim",
+    )
 
 
 def reasons(reports: Mapping[str, Report], of: Sequence[str] | None = None) -> list[str]:

@@ -27,11 +27,11 @@ from pipelines.propensities import (
     bounds_table,
     estimate_propensities,
     estimated_log,
-    print_bounds,
     print_propensities,
     write,
 )
 from pipelines.propensity_model import CalibratedPool, folds_of, propensity_model
+from pipelines.tables import print_bounds
 
 WORLD = World.random(3, 3, 4)
 CONTEXT = ("x0", "x1", "x2")
