@@ -1,15 +1,17 @@
-"""Events to the files of other systems: VW's DSJSON, and a folder that MLflow loads."""
+"""Events to the files of other systems: VW's DSJSON."""
 
 from __future__ import annotations
 
 import gzip
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import groupby
+from graphlib import CycleError, TopologicalSorter
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bandits.events import Decision, Reward
@@ -36,7 +38,7 @@ def to_dsjson(folder: Path, path: Path) -> int:
     """Write the events of a folder as DSJSON lines, gzip where the name ends in .gz; the number of lines.
 
     Decisions of one session whose ids are `SESSION:SLOT` become the slots of one line. Costs are negative rewards; what was not
-    sampled is marked `_skipLearn`; rewards that came without their decision follow at the end.
+    sampled is marked `_skipLearn`; rewards that came without their decision follow at the end. The file appears when it is whole.
     Raises InputError where the folder holds no events or the file is already there.
     """
     if path.exists():
@@ -49,20 +51,28 @@ def to_dsjson(folder: Path, path: Path) -> int:
         else:
             rewards[reward.decision_id] = reward.value
     count = 0
-    with gzip.open(path, "wb") if path.suffix == ".gz" else path.open("wb") as file:
-        for _, group in groupby(read_decisions(folder), key=_line_key):
-            file.write(msgspec.json.encode(_line(list(group), rewards)) + b"\n")
-            count += 1
-        for reward in alone:
-            file.write(msgspec.json.encode(_observation(reward)) + b"\n")
+    part = path.with_name(path.name + ".part")
+    try:
+        with gzip.open(part, "wb") if path.suffix == ".gz" else part.open("wb") as file:
+            for _, group in groupby(read_decisions(folder), key=_line_key):
+                file.write(msgspec.json.encode(_line(list(group), rewards)) + b"\n")
+                count += 1
+            for reward in alone:
+                file.write(msgspec.json.encode(_observation(reward)) + b"\n")
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
     return count + len(alone)
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"found no {path}; expected a folder that `propel import` wrote")
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=10_000):
-        yield from batch.to_pylist()
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=10_000):
+            yield from batch.to_pylist()
+    except pa.ArrowException as error:
+        raise InputError(f"{path}: found {str(error).splitlines()[0]}; expected a complete Parquet file: import it again") from None
 
 
 def _line_key(decision: Decision) -> tuple[str, bool]:
@@ -73,7 +83,7 @@ def _line_key(decision: Decision) -> tuple[str, bool]:
 def _line(decisions: Sequence[Decision], rewards: Mapping[str, float]) -> dict[str, Any]:
     first, slotted = decisions[0], _line_key(decisions[0])[1]
     bodies = [msgspec.json.decode(decision.body) for decision in decisions]
-    ids = list(dict.fromkeys(action for decision in decisions for action in decision.actions))
+    ids = _in_one_order([decision.actions for decision in decisions])
     features = {
         action: one
         for decision, body in zip(decisions, bodies, strict=True)
@@ -85,7 +95,7 @@ def _line(decisions: Sequence[Decision], rewards: Mapping[str, float]) -> dict[s
     if first.decided_at_ns:
         line["Timestamp"] = _iso(first.decided_at_ns)
     if slotted:
-        slots = [body["context"].pop("slot", {}) for body in bodies]
+        slots = _slots(decisions, bodies, ids)
         line |= {
             "c": bodies[0]["context"] | {"_multi": multi, "_slots": slots},
             "_outcomes": [_outcome(decision, ids, rewards) for decision in decisions],
@@ -99,6 +109,33 @@ def _line(decisions: Sequence[Decision], rewards: Mapping[str, float]) -> dict[s
     if first.policy.startswith("vw@"):
         line["VWState"] = {"m": first.policy.removeprefix("vw@")}
     return line
+
+
+def _in_one_order(sets: Sequence[tuple[str, ...]]) -> list[str]:
+    """Members of several ordered sets, in an order that is that of each of them, where there is one."""
+    if len(sets) == 1:
+        return list(sets[0])
+    known = dict.fromkeys(action for actions in sets for action in actions)
+    sorter = TopologicalSorter[str](dict.fromkeys(known, ()))
+    for actions in sets:
+        for before, after in pairwise(actions):
+            sorter.add(after, before)
+    try:
+        return list(sorter.static_order())
+    except CycleError:
+        return list(known)
+
+
+def _slots(decisions: Sequence[Decision], bodies: Sequence[dict[str, Any]], ids: Sequence[str]) -> list[dict[str, Any]]:
+    """Features of each slot; `_inc` says what it chose among, where that is not all that the slots before it left."""
+    slots, left = [], set(ids)
+    for decision, body in zip(decisions, bodies, strict=True):
+        slot = body["context"].pop("slot", {})
+        if set(decision.actions) != left:
+            slot |= {"_inc": [ids.index(action) for action in decision.actions]}
+        left.discard(decision.actions[decision.chosen])
+        slots.append(slot)
+    return slots
 
 
 def _label(decision: Decision, rewards: Mapping[str, float]) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import shlex
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -11,13 +13,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from ope.data import InputError
-from pipelines.importers.dsjson import read_dsjson
+from pipelines.importers.dsjson import BOM, read_dsjson
 from pipelines.importers.events import ImportReport, Naming, Outcome, Problem, Row
 from pipelines.importers.exposures import Exposures, header, read_exposures
 from pipelines.importers.open_bandit import csv_of, read_open_bandit
 from pipelines.importers.writer import EventWriter
 
 Format: TypeAlias = Literal["dsjson", "open-bandit", "exposures"]
+
+PEEK = 2**16
+"""Bytes of a file that are looked at to find out its format."""
 
 ELIGIBLE_MISSING = {
     "open-bandit": "The eligible sets were not logged: all items of the campaign count as eligible.",
@@ -70,12 +75,18 @@ def kind_of(source: Path) -> Format:
     if source.is_dir():
         csv_of(source)
         return "open-bandit"
-    name = source.name.removesuffix(".gz")
+    name = source.name.lower().removesuffix(".gz")
     if name.endswith((".csv", ".parquet")):
         there = header(source) if name.endswith(".csv") else []
         return "open-bandit" if {"item_id", "propensity_score", "click"} <= set(there) else "exposures"
     with gzip.open(source) if source.suffix == ".gz" else source.open("rb") as stream:
-        if stream.read(100).lstrip().startswith(b"{"):
+        try:
+            lines = stream.read(PEEK).removeprefix(BOM).splitlines()
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise InputError(
+                f"{source}: found a file that ends or breaks at once ({error}); expected a log: copy it again"
+            ) from None
+        if any(line.lstrip().startswith(b"{") for line in lines):  # the first ones may be broken
             return "dsjson"
     raise InputError(f"{source}: found neither JSON lines, nor a name that ends in .csv or .parquet; expected one: give --format")
 
@@ -90,12 +101,12 @@ def print_import(console: Console, report: ImportReport, folder: Path) -> None:
     say(f"{report.source} ({report.format})")
     say(f"{report.decisions:,} decisions{f' ({kinds})' if kinds else ''} of {report.actions:,} actions, {report.rewards:,} rewards")
     for kind, found in sorted(report.problems.items(), key=lambda item: -item[1].count):
-        more = ", ..." if found.count > len(found.lines) else ""
-        lines = f"{', '.join(map(str, found.lines))}{more}"
+        lines = ", ".join([*map(str, found.lines), *(["..."] if found.count > len(found.lines) else [])])
         say(f"- {found.count:,} not imported ({kind}): line{'s' if found.count > 1 else ''} {lines}", "yellow")
         say(f"  {found.first}", "dim")
     if report.observations:
-        say(f"- {report.observations:,} rewards came without their decision; {report.late:,} of them have it in this source.")
+        here = f"of these, {report.late:,} have it in this source"
+        say(f"- Rewards that came without their decision: {report.observations:,}; {here}.")
     for sentence in (*report.missing.values(), *report.notes):
         say(f"- {sentence}")
     if not report.files:
@@ -103,5 +114,8 @@ def print_import(console: Console, report: ImportReport, folder: Path) -> None:
         return
     say(f"{', '.join(report.files)} in {folder}")
     if report.rows:
-        context = f" --context {','.join(report.context)}" if report.context else ""
-        say(f"{report.rows:,} rows can be evaluated: propel ope --log {folder / 'log.parquet'} --policy uniform{context}", "bold")
+        words = ["propel", "ope", "--log", str(folder / "log.parquet"), "--policy", "uniform"]
+        context = ["--context", ",".join(report.context)] if report.context else []
+        say(f"{report.rows:,} rows can be evaluated: {shlex.join([*words, *context])}", "bold")
+    else:
+        say("No row can be evaluated: that takes a decision that was sampled, and its reward.", "yellow")

@@ -209,6 +209,35 @@ def verify(registry: RegistryFolder = Path("registry"), as_json: AsJsonObject = 
         raise typer.Exit(ALL_REFUSED)
 
 
+@policy_app.command()
+def export(
+    digest: Digest,
+    to: Annotated[Path, typer.Option(help="Folder for the model; must be new.")],
+    report: Annotated[
+        Path | None, typer.Option(help="JSON file of estimates to go with it, as `propel ope --json` writes it.")
+    ] = None,
+    registry: RegistryFolder = Path("registry"),
+) -> None:
+    """Write an artifact as a model that MLflow loads (`mlflow.pyfunc.load_model`), with its report as metrics."""
+    with bad_input():
+        from pipelines.mlflow_model import export_model
+
+        export_model(_registry(registry), digest, to, () if report is None else _json_file(report))
+        typer.echo(f"MLmodel, data, params.json, metrics.json and report.json in {to}")
+
+
+@policy_app.command()
+def prune(
+    keep: Annotated[int, typer.Option(min=1, help="Artifacts to keep per decision point, beside those that are or were served.")],
+    registry: RegistryFolder = Path("registry"),
+    as_json: AsJsonObject = False,
+) -> None:
+    """Delete old artifacts that a registry no longer needs."""
+    with bad_input():
+        gone = _registry(registry).prune(keep)
+    typer.echo(json.dumps(gone) if as_json else f"{len(gone)} artifacts deleted.")
+
+
 def _json_file(path: Path) -> Any:
     from ope.data import InputError
 

@@ -7,16 +7,17 @@ observation that came without its decision (`RewardValue`). Costs are negative r
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, NoReturn, TypeAlias
 
 import msgspec
 
 from bandits.events import digest
 from ope.data import InputError
 from pipelines.importers.events import FaultError, Naming, Outcome, Problem, Row, body_of, canonical_json, nanoseconds
-from pipelines.importers.writer import Names, at
+from pipelines.importers.paths import Names, at
 
 VERSIONS = (None, "1")
 """Versions of the format that this reads; None where the line does not say."""
@@ -65,7 +66,14 @@ class Line(msgspec.Struct):
 LINE = msgspec.json.Decoder(Line)
 RAWS = msgspec.json.Decoder(list[msgspec.Raw])
 OBJECT = msgspec.json.Decoder(dict[str, Any])
+OBJECTS = msgspec.json.Decoder(list[dict[str, Any]])
 VALUE = msgspec.json.Decoder()
+
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding raises for bytes that are not the JSON expected."""
+
+BOM = b"\xef\xbb\xbf"
+"""What some editors put in front of UTF-8."""
 
 MAX_KNOWN = 20_000
 """Actions whose features are remembered: the same ones come with line after line."""
@@ -103,11 +111,13 @@ def read_dsjson(
         number = 0
         try:
             for number, text in enumerate(_lines(raw), 1):
+                if number == 1:
+                    text = text.removeprefix(BOM)
                 if progress is not None and not number % 1000:
                     progress(raw.tell())
                 if not text.isspace():
                     yield from _events(text, number, path.name, unit, pass_in_label, known)
-        except (EOFError, gzip.BadGzipFile, OSError) as error:
+        except (EOFError, zlib.error, OSError) as error:
             yield Problem(number + 1, "truncated", f"found a file that ends or breaks here ({error})")
 
 
@@ -123,33 +133,41 @@ def read_line(text: bytes, pass_in_label: bool = False) -> tuple[Line, list[msgs
         if line.observed is not None and not line.context:
             return line, [], []
         offered = RAWS.decode(line.context["_multi"]) if "_multi" in line.context else []
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise FaultError("json" if text.endswith(b"\n") else "truncated", f"found {error}; expected one JSON object") from None
+    except UNREADABLE as error:
+        _unreadable(error, text)
     if not offered:
-        what = (
-            "a continuous action" if bytes(line.continuous) else f"fields {', '.join(sorted(line.context)) or 'without a context'}"
-        )
-        raise FaultError("kind", f"found {what}; expected a decision among the actions in c._multi")
+        what = "a continuous action" if bytes(line.continuous) else "no actions in c._multi"
+        raise FaultError("kind", f"found {what}; expected a decision among the actions listed there")
     if "_slots" in line.context and b'"_slot_id"' in bytes(line.context["_multi"]):
         raise FaultError("kind", "found a slate, whose slots have actions of their own; expected slots that share them")
     if not 0 <= line.dropped < 1:
         raise FaultError("pdrop", f"found pdrop {line.dropped}; expected a probability below 1")
     if line.slots is None:
         return line, offered, [_single(line, len(offered), pass_in_label)]
+    if not line.slots:
+        raise FaultError("action", "found an empty _outcomes; expected the action taken in each slot")
     return line, offered, [_slot(line, place, outcome, len(offered)) for place, outcome in enumerate(line.slots)]
+
+
+def _unreadable(error: Exception, text: bytes) -> NoReturn:
+    """Raise the FaultError of a line that could not be decoded."""
+    if isinstance(error, msgspec.ValidationError):
+        raise FaultError("field", f"found {str(error)[:200]}; expected a field of that kind") from None
+    kind = "json" if text.endswith(b"\n") else "truncated"
+    raise FaultError(kind, f"found {str(error)[:200]}; expected one JSON object") from None
 
 
 def _single(line: Line, k: int, pass_in_label: bool) -> Slot:
     numbers = list(range(1, k + 1)) if line.actions is None else line.actions
     taken = line.action if line.action is not None else None if line.index is None else line.index + 1
     if taken is None:
-        if line.actions is None:
+        if not line.actions:
             raise FaultError("action", "found no action taken; expected a or _label_Action")
         taken = numbers[0]
     if line.index is not None and line.index != taken - 1:
         raise FaultError("action", f"found _label_Action {taken} beside _labelIndex {line.index}; expected one action")
     if taken not in numbers:
-        raise FaultError("action", f"found action {taken} taken, outside the set {numbers}; expected one of them")
+        raise FaultError("action", f"found action {taken} taken, outside the set {_few(numbers)}; expected one of them")
     place = numbers.index(taken)
     offered, vector, chosen = _in_order([number - 1 for number in numbers], line.probabilities, place, k)
     kept = 1 - line.dropped
@@ -186,7 +204,7 @@ def _in_order(
         raise FaultError("probabilities", f"found {len(probabilities)} probabilities of {len(numbers)} actions; expected one each")
     offered = sorted(numbers)
     if offered[0] < 0 or offered[-1] >= k or len(set(offered)) != len(offered):
-        raise FaultError("action", f"found actions {list(numbers[:12])} (from 0) of {k}; expected different ones of them")
+        raise FaultError("action", f"found actions {_few(numbers)} (from 0) of {k}; expected different ones of them")
     place = offered.index(numbers[chosen])
     if probabilities is None:
         return offered, None, place
@@ -206,9 +224,9 @@ def _events(
         else:
             yield Outcome(number, line.event_id, nanoseconds(line.enqueued), line.observed or 0.0)
     except FaultError as fault:
-        yield Problem(number, fault.kind, str(fault))
-    except (msgspec.DecodeError, RecursionError, InputError) as error:
-        yield Problem(number, "json", str(error))
+        yield Problem(number, fault.kind, str(fault)[:300])
+    except (*UNREADABLE, InputError) as error:
+        yield Problem(number, "json", str(error)[:300])
 
 
 def _rows(
@@ -216,13 +234,15 @@ def _rows(
 ) -> list[Row]:
     ids = _named([tag for tag, _ in offered])
     context = {name: VALUE.decode(raw) for name, raw in line.context.items() if name not in ("_multi", "_slots")}
-    slot_features = VALUE.decode(line.context["_slots"]) if line.slots is not None and "_slots" in line.context else []
+    slot_features = [{}] if line.slots is None else _slot_features(line, context, len(slots))
     event_id = line.event_id or digest(f"{source}:{number}".encode()).hex()
     whom = None if unit is None else at(unit, {(): [context]})[0]
+    if isinstance(whom, dict | list):
+        whom = None
     time = nanoseconds(line.time)
     rows = []
     for place, slot in enumerate(slots):
-        seen = context if slot.name is None else context | {"slot": slot_features[place] if place < len(slot_features) else {}}
+        seen = context if slot.name is None else context | {"slot": slot_features[place]}
         rows.append(
             Row(
                 line=number,
@@ -237,13 +257,25 @@ def _rows(
                 vector=slot.vector,
                 context=seen,
                 body=body_of(seen, [offered[action][1] for action in slot.offered]),
-                reward=None if slot.cost is None else -slot.cost,
+                reward=None if slot.cost is None else 0.0 - slot.cost,
                 pass_probability=slot.pass_probability,
                 excluded=_excluded(ids, slot.offered),
                 kind="shadow" if line.skip else "sampled",
             )
         )
     return rows
+
+
+def _slot_features(line: Line, context: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """Features of each slot; what its `_inc` says is in its set of actions."""
+    if "_slots" not in line.context:
+        return [{}] * count
+    features = OBJECTS.decode(line.context["_slots"])
+    if len(features) != count:
+        raise FaultError("slots", f"found {count} outcomes of {len(features)} slots; expected one each")
+    if "slot" in context:
+        raise FaultError("slots", "found a feature named slot in a line with slots; expected another name: theirs go there")
+    return [{name: value for name, value in one.items() if name != "_inc"} for one in features]
 
 
 def _excluded(ids: Sequence[str], offered: Sequence[int]) -> tuple[tuple[str, str], ...]:
@@ -258,7 +290,9 @@ def _read_action(raw: bytes, known: Known) -> tuple[str | None, bytes]:
     if found is None:
         features = OBJECT.decode(raw)
         tag = features.pop("_tag", None)
-        found = tag if isinstance(tag, str) and tag else None, canonical_json(features)
+        if tag is not None and not isinstance(tag, str):
+            raise FaultError("action", f"found _tag {tag!r:.80} of an action; expected a text")
+        found = tag or None, canonical_json(features)
         if len(known) >= MAX_KNOWN:
             known.clear()
         known[raw] = found
@@ -269,6 +303,10 @@ def _named(tags: list[str | None]) -> list[str]:
     """Id of each action: its tag where all have different ones, else its number from 1."""
     named = [tag for tag in tags if tag is not None]
     return named if len(set(named)) == len(tags) else [str(number) for number in range(1, len(tags) + 1)]
+
+
+def _few(numbers: Sequence[int]) -> str:
+    return f"[{', '.join(map(str, numbers[:12]))}{', ...' if len(numbers) > 12 else ''}]"
 
 
 def _lines(raw: BinaryIO) -> Iterator[bytes]:

@@ -40,6 +40,11 @@ def body_of(context: Any, features: Iterable[bytes]) -> bytes:
     return b'{"actions":[' + b",".join(features) + b'],"context":' + canonical_json(context) + b"}"
 
 
+def is_id(text: str) -> bool:
+    """True for 1 to 128 printable characters: what may name a decision, a unit or an action."""
+    return 0 < len(text) <= 128 and text.isprintable()
+
+
 class FaultError(Exception):
     """What is wrong with a line."""
 
@@ -49,7 +54,7 @@ class FaultError(Exception):
 
 
 def nanoseconds(text: str | None) -> int | None:
-    """Since 1970, of an ISO 8601 time, in UTC by default; None where there is none. Raises FaultError for another text."""
+    """Nanoseconds since 1970 of an ISO 8601 time, in UTC by default; None for no text. Raises FaultError for another text."""
     if not text:
         return None
     try:
@@ -169,7 +174,7 @@ class ImportReport:
     files: list[str] = field(default_factory=list)
 
     def add_problem(self, problem: Problem) -> None:
-        """Count a line that was not imported."""
+        """Count a decision or line that was not imported."""
         entry = self.problems.setdefault(problem.kind, Problems())
         entry.count += 1
         entry.first = entry.first or f"line {problem.line}: {problem.message}"
@@ -178,7 +183,7 @@ class ImportReport:
 
     @property
     def rejected(self) -> int:
-        """Number of lines that were not imported."""
+        """Number of lines, or of decisions where a line has several, that were not imported."""
         return sum(entry.count for entry in self.problems.values())
 
     def to_record(self) -> dict[str, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import gzip
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date, datetime
+from datetime import date
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +18,7 @@ import pyarrow.parquet as pq
 from bandits.events import digest
 from ope.data import InputError
 from pipelines.frame import require_columns
-from pipelines.importers.events import FaultError, Problem, Row, body_of, in_range, nanoseconds
+from pipelines.importers.events import FaultError, Problem, Row, body_of, in_range, is_id, nanoseconds
 
 NOTHING = b"{}"
 """Features of an action without any."""
@@ -76,29 +78,59 @@ def read_exposures(path: Path, columns: Exposures) -> Iterator[Row | Problem]:
     actions = tuple(columns.actions or columns.split or distinct(path, columns.action))
     for line, record in records(path, columns.named()):
         try:
-            yield _row(line, record, columns, actions, path.name)
+            yield _row(line, cells(record), columns, actions, path.name)
         except FaultError as fault:
             yield Problem(line, fault.kind, str(fault))
         except InputError as error:
             yield Problem(line, "json", str(error))
 
 
-def records(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, column -> value) of the rows of a table; lines of CSV are those of the file, rows of Parquet count from 1.
+def records(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | FaultError]]:
+    """(line, column -> value, or what is wrong with it) of the rows of a table.
 
-    An empty field of CSV is None. Raises DataError where a wanted column is missing, InputError where nothing can be read.
+    Lines of CSV are those of the file, rows of Parquet count from 1. An empty field of CSV is None. What follows a place where a
+    file ends or breaks is one fault.
+    Raises DataError where a wanted column is missing, InputError where nothing can be read.
     """
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         yield from _parquet_records(path, wanted)
         return
-    with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="") as text:
-        reader = csv.DictReader(text, strict=True)
-        try:
-            require_columns(reader.fieldnames or (), wanted, str(path))
-            for record in reader:
-                yield reader.line_num, {name: record[name] or None for name in wanted}
-        except (csv.Error, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-            raise InputError(f"{path}, line {reader.line_num}: found {error}; expected a CSV table in UTF-8") from None
+    there = header(path)
+    require_columns(there, wanted, str(path))
+    places = [(name, there.index(name)) for name in dict.fromkeys(wanted)]
+    with _text_of(path) as text:
+        reader = csv.reader(text, strict=True)
+        next(reader)
+        while True:
+            start = reader.line_num + 1
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield start, FaultError("csv", f"found {error}; expected a row of a CSV table")
+            except (EOFError, zlib.error, OSError) as error:
+                yield start, FaultError("truncated", f"found a file that ends or breaks here ({error})")
+                return
+            else:
+                if len(fields) == len(there):
+                    yield start, {name: fields[place] or None for name, place in places}
+                elif fields:
+                    yield start, FaultError("csv", f"found {len(fields)} fields; expected {len(there)}, as in the header")
+
+
+def cells(record: dict[str, Any] | FaultError) -> dict[str, Any]:
+    """Cells of a row of `records`. Raises FaultError where it has none."""
+    if isinstance(record, FaultError):
+        raise record
+    return record
+
+
+def _text_of(path: Path) -> TextIO:
+    """A CSV file as text. Bytes that are no UTF-8 become what no id or feature can hold: only rows with them are lost."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _parquet_records(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -107,22 +139,34 @@ def _parquet_records(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, d
         require_columns(file.schema_arrow.names, wanted, str(path))
         line = 0
         for batch in file.iter_batches(columns=list(dict.fromkeys(wanted))):
-            for record in batch.to_pylist():
+            for record in _readable(batch).to_pylist():
                 line += 1
                 yield line, record
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: found {str(error).splitlines()[0]}; expected a complete Parquet file") from None
 
 
+def _readable(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Times to the microsecond: Python's own have no nanoseconds."""
+    kinds = [
+        field.with_type(pa.timestamp("us", field.type.tz)) if pa.types.is_timestamp(field.type) else field for field in batch.schema
+    ]
+    return batch.cast(pa.schema(kinds), safe=False)
+
+
 def header(path: Path) -> list[str]:
-    """Names of a CSV table's columns."""
-    with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="") as text:
-        return next(csv.reader(text), [])
+    """Names of a CSV table's columns. Raises InputError where it has no first line that can be read."""
+    try:
+        with _text_of(path) as text:
+            return next(csv.reader(text, strict=True), [])
+    except (csv.Error, EOFError, zlib.error, OSError) as error:
+        raise InputError(f"{path}: found no header ({error}); expected a CSV table, gzip where the name ends in .gz") from None
 
 
 def distinct(path: Path, column: str) -> list[str]:
-    """Texts of a column, sorted."""
-    return sorted({str(record[column]) for _, record in records(path, [column]) if record[column] is not None})
+    """Texts of a column that can name an action, sorted."""
+    rows = (record for _, record in records(path, [column]) if isinstance(record, dict))
+    return sorted(filter(is_id, {str(record[column]) for record in rows if record[column] is not None}))
 
 
 def _row(line: int, record: Mapping[str, Any], columns: Exposures, actions: tuple[str, ...], source: str) -> Row:
@@ -131,7 +175,7 @@ def _row(line: int, record: Mapping[str, Any], columns: Exposures, actions: tupl
 
     taken = of(columns.action)
     if taken is None or str(taken) not in actions:
-        raise FaultError("action", f"found action {taken!r}; expected one of {', '.join(actions[:12])}")
+        raise FaultError("action", f"found action {taken!r:.140}; expected one of {', '.join(actions[:12])}")
     chosen = actions.index(str(taken))
     propensity = columns.split[str(taken)] if columns.split else number(columns.propensity or "", of(columns.propensity))
     if propensity is None:
@@ -164,7 +208,7 @@ def number(name: str, found: Any) -> float | None:
     try:
         return float(found)
     except (TypeError, ValueError):
-        raise FaultError("number", f"column {name!r}: found {found!r}; expected a number") from None
+        raise FaultError("number", f"column {name!r}: found {found!r:.80}; expected a number") from None
 
 
 def value(found: Any) -> Any:
@@ -175,18 +219,22 @@ def value(found: Any) -> Any:
         except ValueError:
             return found
         return as_number if abs(as_number) < float("inf") else found
+    if isinstance(found, Decimal):
+        return float(found)
     return str(found) if isinstance(found, date) else found
 
 
 def time_of(found: Any) -> int | None:
-    """Nanoseconds since 1970 of a time: ISO 8601 text, a timestamp, or a number of seconds. Raises FaultError for others."""
-    if isinstance(found, str):
+    """Nanoseconds since 1970 of ISO 8601 text, a date, a timestamp, or a number of seconds. Raises FaultError for others."""
+    if found is None:
+        return None
+    if isinstance(found, date):
+        return nanoseconds(found.isoformat())
+    if isinstance(found, str | int | float | Decimal):
         try:
-            return in_range(round(float(found) * 1e9), found)
-        except ValueError:
-            return nanoseconds(found)
-    if isinstance(found, int | float):
-        return in_range(round(found * 1e9), found)
-    if found is not None and not isinstance(found, datetime):
-        raise FaultError("time", f"found time {found!r}; expected ISO 8601 text, a timestamp or seconds since 1970")
-    return None if found is None else nanoseconds(found.isoformat())
+            return in_range(round(Decimal(str(found)) * 10**9), found)
+        except InvalidOperation:
+            return nanoseconds(str(found))
+        except (ValueError, ArithmeticError):  # nan, infinity
+            pass
+    raise FaultError("time", f"found time {found!r:.80}; expected ISO 8601 text, a timestamp or seconds since 1970")

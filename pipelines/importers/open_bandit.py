@@ -16,7 +16,7 @@ from bandits.events import digest
 from ope.data import InputError
 from pipelines.frame import ColumnMap, Log, to_log
 from pipelines.importers.events import FaultError, Problem, Row, body_of, canonical_json
-from pipelines.importers.exposures import header, number, records, time_of, value
+from pipelines.importers.exposures import cells, header, number, records, time_of, value
 
 OPEN_BANDIT = ColumnMap(action="item_id", reward="click", propensity="propensity_score")
 """Columns of the Open Bandit Dataset, in the publisher's names."""
@@ -51,17 +51,28 @@ def read_open_bandit(path: Path) -> Iterator[Row | Problem]:
     users = [name for name in columns if name.startswith("user_feature_")]
     named = ["timestamp", "item_id", "position", "click", "propensity_score", *users, *affinities]
     items = _items(table.with_name("item_context.csv"), len(affinities))
+    if not items:
+        raise InputError(
+            f"found neither {table.with_name('item_context.csv')} nor columns user-item_affinity_0, ... in {table}; "
+            "expected one of them: nothing else tells how many items there are"
+        )
     actions = tuple(map(str, range(len(items))))
     for line, record in records(table, named):
         try:
-            yield _row(line, record, actions, items, users, f"{table.parent.parent.name}/{table.parent.name}")
+            yield _row(line, cells(record), actions, items, users, f"{table.parent.parent.name}/{table.parent.name}")
         except FaultError as fault:
             yield Problem(line, fault.kind, str(fault))
+        except InputError as error:
+            yield Problem(line, "csv", str(error))
 
 
 def csv_of(path: Path) -> Path:
-    """The table of decisions: the file itself, or `CAMPAIGN.csv` in a folder of that name. Raises InputError for neither."""
-    table = path / f"{path.name}.csv" if path.is_dir() else path
+    """The table of decisions: the file itself, or `CAMPAIGN.csv` in a folder of that name. Its folders tell policy and campaign.
+
+    Raises InputError for neither.
+    """
+    folder = (path if path.is_dir() else path.parent).resolve()
+    table = folder / (f"{folder.name}.csv" if path.is_dir() else path.name)
     if not table.is_file():
         raise InputError(f"found no {table}; expected a folder such as random/all with all.csv in it, or that file")
     return table
@@ -71,8 +82,11 @@ def _items(path: Path, k: int) -> list[dict[str, Any]]:
     """Features of each item, from the publisher's table where it is there."""
     if not path.is_file():
         return [{} for _ in range(k)]
-    with path.open(newline="") as text:
-        rows = {int(row["item_id"]): row for row in csv.DictReader(text)}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as text:
+            rows = {int(row["item_id"]): row for row in csv.DictReader(text)}
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
+        raise InputError(f"{path}: found {error!r}; expected a column item_id of whole numbers") from None
     if sorted(rows) != list(range(len(rows))) or k not in (0, len(rows)):
         raise InputError(f"{path}: found items {sorted(rows)[:12]}; expected each of 0 to {max(k, len(rows)) - 1} once")
     return [{name: value(cell) for name, cell in rows[i].items() if name.startswith("item_feature")} for i in range(len(rows))]
@@ -83,11 +97,11 @@ def _row(
 ) -> Row:
     taken = str(record["item_id"])
     if taken not in actions:
-        raise FaultError("action", f"found item {taken}; expected one of 0 to {len(actions) - 1}")
+        raise FaultError("action", f"found item {taken!r:.80}; expected one of 0 to {len(actions) - 1}")
     propensity = number("propensity_score", record["propensity_score"])
     if propensity is None:
         raise FaultError("propensity", "found no propensity_score; expected one in every row")
-    context = {"position": str(record["position"])} | {name: record[name] for name in users}
+    context = {name: record[name] for name in ("position", *users)}
     affinities = [number(f"user-item_affinity_{i}", record.get(f"user-item_affinity_{i}")) for i in range(len(items))]
     features = [item if x is None else item | {"affinity": x} for item, x in zip(items, affinities, strict=True)]
     return Row(

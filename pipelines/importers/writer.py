@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +18,11 @@ from bandits.events import SCHEMA_VERSION, digest
 from bandits.sampling import TOTAL, quantise_rows
 from ope.data import LARGEST, BoolArray, InputError
 from pipelines.frame import METADATA
-from pipelines.importers.events import ENCODER, ImportReport, Naming, Outcome, Problem, Row
+from pipelines.importers.events import ENCODER, ImportReport, Naming, Outcome, Problem, Row, canonical_json, is_id
+from pipelines.importers.paths import Names, at, scalars
 
-BATCH = 5_000
-"""Decisions that are checked and written together."""
+BATCH, BATCH_BYTES = 5_000, 2**26
+"""Decisions, and bytes of their bodies, that are checked and written together."""
 
 SUM_TOLERANCE = 1e-5
 """How far from one the probabilities of a decision may sum: float32 printed with six digits passes, a forgotten action does not."""
@@ -32,8 +33,8 @@ CONTEXT_SAMPLE, MAX_CONTEXT_COLUMNS = 1000, 50
 FOREIGN_EPOCH = -1
 """Seed epoch of decisions that were drawn elsewhere: they do not replay."""
 
-Names: TypeAlias = tuple[str, ...]
-"""Of nested objects, outermost first."""
+ID, REWARD = "1 to 128 printable characters", f"a finite number below {LARGEST:g} in size"
+"""What is expected of texts that name something, and of rewards."""
 
 TEXT = pa.string()
 NAMED = pa.dictionary(pa.int32(), TEXT)
@@ -90,15 +91,19 @@ class EventWriter:
     def __init__(self, folder: Path, naming: Naming, report: ImportReport, *, estimated: bool = False):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"found {folder} already there, and not empty; expected a new folder: name another one")
-        self.folder, self.part = folder, folder.with_name(folder.name + ".part")
+        self.folder = folder.resolve()
+        self.part = self.folder.with_name(self.folder.name + ".part")
         self.naming, self.report, self.estimated = naming, report, estimated
         self._pending: list[Row] = []
+        self._bytes = 0
+        self._problems: list[Problem] = []
         self._outcomes: list[tuple[str, str, int, float]] = []
         self._seen: set[int] = set()
         self._observed: list[str] = []
+        self._actions: set[str] = set()
         self._labels: dict[str, None] = {}
-        self._columns: dict[Names, bool] | None = None
-        self._lacks = dict.fromkeys(("vectors", "units", "times"), 0)
+        self._columns: dict[Names, tuple[str, bool]] | None = None
+        self._lacks = dict.fromkeys(("vectors", "rewards", "units", "times"), 0)
         self._misfits, self._sessions = 0, False
 
     def __enter__(self) -> EventWriter:
@@ -110,17 +115,22 @@ class EventWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            self._flush()
-            self._summarise()
-        self._decisions.close()
-        self._rewards.close()
-        if self._log is not None:
-            self._log.add_key_value_metadata({METADATA: json.dumps(self._log_columns())})
-            self._log.close()
-        if kind is not None or not self.report.decisions + self.report.observations:
-            shutil.rmtree(self.part)
-            return
+        try:
+            if kind is None:
+                self._flush()
+                self._summarise()
+            self._decisions.close()
+            self._rewards.close()
+            if self._log is not None:
+                self._log.add_key_value_metadata({METADATA: json.dumps(self._log_columns())})
+                self._log.close()
+            if kind is None and self.report.decisions + self.report.observations:
+                self._publish()
+        finally:
+            shutil.rmtree(self.part, ignore_errors=True)
+
+    def _publish(self) -> None:
+        """Give the finished folder its name."""
         self.report.files = sorted([*(path.name for path in self.part.iterdir()), "report.json"])
         (self.part / "report.json").write_text(json.dumps(self.report.to_record(), indent=2) + "\n")
         for path in (*self.part.iterdir(), self.part):
@@ -128,24 +138,31 @@ class EventWriter:
         if self.folder.exists():
             self.folder.rmdir()
         self.part.rename(self.folder)
-        _sync(self.folder.absolute().parent)
+        _sync(self.folder.parent)
 
     def add(self, item: Row | Outcome | Problem) -> None:
         """Take what a line of the source held."""
         if isinstance(item, Row):
             self._pending.append(item)
-            if len(self._pending) >= BATCH:
-                self._flush()
+            self._bytes += len(item.body)
         elif isinstance(item, Problem):
-            self.report.add_problem(item)
+            self._problems.append(item)
+        elif not is_id(item.decision_id):
+            self._problems.append(Problem(item.line, "id", f"found {item.decision_id!r:.140}; expected {ID}"))
+        elif not abs(item.value) < LARGEST:
+            self._problems.append(Problem(item.line, "reward", f"found reward {item.value}; expected {REWARD}"))
         else:
             self._outcomes.append((item.decision_id, f"line {item.line}", item.observed_at_ns or 0, item.value))
             self._observed.append(item.decision_id)
             self.report.observations += 1
+        if max(len(self._pending), len(self._problems), len(self._outcomes)) >= BATCH or self._bytes >= BATCH_BYTES:
+            self._flush()
 
     def _flush(self) -> None:
         rows, shares, propensities = self._checked(self._pending)
-        self._pending = []
+        for problem in sorted(self._problems, key=lambda problem: problem.line):
+            self.report.add_problem(problem)
+        self._pending, self._problems, self._bytes = [], [], 0
         if rows:
             self._write_decisions(rows, shares, propensities)
         outcomes = [(row.decision_id, "", row.decided_at_ns or 0, row.reward) for row in rows if row.reward is not None]
@@ -160,8 +177,8 @@ class EventWriter:
             if fault is None:
                 good.append(row)
             else:
-                self.report.add_problem(Problem(row.line, *fault))
-        shares, propensities = [b""] * len(good), [row.propensity for row in good]
+                self._problems.append(Problem(row.line, *fault))
+        shares, propensities = [b""] * len(good), [min(row.propensity, 1.0) for row in good]
         by_width: dict[int, list[int]] = {}
         for place, row in enumerate(good):
             if row.vector is not None:
@@ -177,8 +194,8 @@ class EventWriter:
     def _is_new(self, row: Row) -> bool:
         key = hash(row.decision_id)
         if key in self._seen:
-            self.report.add_problem(
-                Problem(row.line, "duplicate", f"found decision {row.decision_id!r} again; the first one is kept")
+            self._problems.append(
+                Problem(row.line, "duplicate", f"found {row.decision_id!r} again; expected each id once: the first is kept")
             )
             return False
         self._seen.add(key)
@@ -187,13 +204,12 @@ class EventWriter:
     def _fault(self, row: Row) -> tuple[str, str] | None:
         """Kind and message of what is wrong with a row by itself."""
         for text in (row.decision_id, row.unit, row.session, row.policy):
-            if text is not None and not (0 < len(text) <= 128 and text.isprintable()):
-                return "id", f"found {text!r:.140}; expected 1 to 128 printable characters"
-        for action in row.actions:
-            if action not in self._labels:
-                if not (0 < len(action) <= 128 and action.isprintable()):
-                    return "id", f"found action {action!r:.140}; expected 1 to 128 printable characters"
-                self._labels[action] = None
+            if text is not None and not is_id(text):
+                return "id", f"found {text!r:.140}; expected {ID}"
+        if not (self._actions.issuperset(row.actions) and not row.excluded):
+            for action in (*row.actions, *(action for action, _ in row.excluded)):
+                if not is_id(action):
+                    return "id", f"found action {action!r:.140}; expected {ID}"
         if len(set(row.actions)) != len(row.actions):
             return "action", "found an action twice; expected distinct ones"
         if not 0 <= row.chosen < len(row.actions):
@@ -203,7 +219,7 @@ class EventWriter:
         if not 0 < row.pass_probability <= 1:
             return "pdrop", f"found probability {row.pass_probability} of being kept; expected a number in (0, 1]"
         if row.reward is not None and not abs(row.reward) < LARGEST:
-            return "reward", f"found reward {row.reward}; expected a finite number below {LARGEST:g} in size"
+            return "reward", f"found reward {row.reward}; expected {REWARD}"
         return None
 
     def _quantised(self, rows: list[Row], places: list[int], shares: list[bytes], propensities: list[float]) -> set[int]:
@@ -214,9 +230,8 @@ class EventWriter:
             good: BoolArray = (vectors >= 0).all(axis=1) & (np.abs(total - 1) <= SUM_TOLERANCE)
         for index in np.flatnonzero(~good).tolist():
             found = f"found probabilities {_shown(rows[places[index]].vector or ())}, which sum to {total[index]:.6g}"
-            self.report.add_problem(
-                Problem(rows[places[index]].line, "probabilities", f"{found}; expected none negative, and a sum of one")
-            )
+            message = f"{found}; expected none negative, and a sum of one"
+            self._problems.append(Problem(rows[places[index]].line, "probabilities", message))
         bad = {places[index] for index in np.flatnonzero(~good).tolist()}
         sound = [place for place in places if place not in bad]
         if not sound:
@@ -231,9 +246,7 @@ class EventWriter:
         for order, (place, propensity, agreed) in enumerate(zip(sound, taken.tolist(), agrees.tolist(), strict=True)):
             if not agreed:
                 message = f"found propensity {propensities[place]:.6g} of the action taken beside {propensity:.6g} in the vector"
-                self.report.add_problem(
-                    Problem(rows[place].line, "propensity", f"{message}; expected the same number, above 2^-31")
-                )
+                self._problems.append(Problem(rows[place].line, "propensity", f"{message}; expected the same number, above 2^-31"))
                 bad.add(place)
             propensities[place] = propensity
             shares[place] = packed[order * width : (order + 1) * width]
@@ -274,6 +287,8 @@ class EventWriter:
         self._decisions.write_table(table)
         self.report.decisions += n
         self.report.kinds.update(row.kind for row in rows)
+        self._actions.update(*{row.actions for row in rows})
+        self._lacks["rewards"] += sum(row.reward is None for row in rows)
         self._lacks["vectors"] += sum(row.vector is None for row in rows)
         self._lacks["units"] += sum(row.unit is None for row in rows)
         self._sessions = self._sessions or any(row.session is not None for row in rows)
@@ -302,8 +317,8 @@ class EventWriter:
 
     def _write_log(self, rows: Sequence[Row], decisions: pa.Table) -> None:
         """One row per decision of a kind that may be learned from, and whose reward is known."""
-        if self._columns is None:
-            self._columns = self._chosen_columns(rows)
+        for actions in dict.fromkeys([row.actions for row in rows]):
+            self._labels.update(dict.fromkeys(actions))
         columns: dict[str, Any] = {
             "decision_id": decisions["decision_id"],
             "decided_at": pa.array([row.decided_at_ns for row in rows], pa.timestamp("ns", "UTC")),
@@ -316,33 +331,43 @@ class EventWriter:
             "propensities": _vectors(decisions["shares"]),
             "sample_weight": pa.array([1 / row.pass_probability for row in rows], pa.float64()),
         }
+        if self._columns is None:
+            self._columns = self._chosen_columns(rows, set(columns))
         values: dict[Names, list[Any]] = {(): [row.context for row in rows]}
-        for path, number in self._columns.items():
-            name = ".".join(path)
-            columns[f"context.{name}" if name in columns else name] = self._context_column(at(path, values), number)
+        for path, (name, number) in self._columns.items():
+            columns[name] = self._context_column(at(path, values), number)
         table = pa.table(columns)
         if self._log is None:
             self._log = _parquet(self.part / "log.parquet", table.schema)
         self._log.write_table(table)
         self.report.rows += len(rows)
 
-    def _chosen_columns(self, rows: Sequence[Row]) -> dict[Names, bool]:
-        """Path of each context column, and whether it holds numbers."""
+    def _chosen_columns(self, rows: Sequence[Row], taken: set[str]) -> dict[Names, tuple[str, bool]]:
+        """Path of each context column, its name in the log, where none of `taken` may be, and whether it holds numbers."""
         if self.naming.context is not None:
-            paths = [tuple(name.split(".")) for name in self.naming.context]
+            whole = {name for row in rows for name in row.context}
+            paths = [(name,) if name in whole else tuple(name.split(".")) for name in dict.fromkeys(self.naming.context)]
         else:
             found = dict.fromkeys(path for row in rows[:CONTEXT_SAMPLE] for path, _ in scalars(row.context))
             paths = list(found)[:MAX_CONTEXT_COLUMNS]
             if len(found) > len(paths):
                 self.report.notes.append(f"{len(found) - len(paths)} further context keys are in the events, not in log.parquet.")
-        self.report.context = [".".join(path) for path in paths]
         values: dict[Names, list[Any]] = {(): [row.context for row in rows]}
-        return {path: all(value is None or _number(value) for value in at(path, values)) for path in paths}
+        columns: dict[Names, tuple[str, bool]] = {}
+        for path in paths:
+            name = ".".join(path)
+            while name in taken:
+                name = f"context.{name}"
+            taken.add(name)
+            there = [value for value in at(path, values) if value is not None]
+            columns[path] = name, bool(there) and all(map(_number, there))
+        self.report.context = [name for name, _ in columns.values()]
+        return columns
 
     def _context_column(self, values: Sequence[Any], number: bool) -> pa.Array:
         if not number:
-            return pa.array([value if value is None or isinstance(value, str) else json.dumps(value) for value in values], TEXT)
-        fitting = [value if _number(value) else None for value in values]
+            return pa.array([value if value is None or isinstance(value, str) else _text(value) for value in values], TEXT)
+        fitting = [float(value) if _number(value) else None for value in values]
         self._misfits += sum(value is not None and kept is None for value, kept in zip(values, fitting, strict=True))
         return pa.array(fitting, pa.float64())
 
@@ -359,10 +384,11 @@ class EventWriter:
 
     def _summarise(self) -> None:
         report, total = self.report, self.report.decisions
-        report.actions = len(self._labels)
+        report.actions = len(self._actions)
         report.late = sum(hash(id_) in self._seen for id_ in self._observed)
         says = {
             "vectors": "whole vectors of probabilities: only that of the action taken is known",
+            "rewards": "rewards: they are in decisions.parquet, not in log.parquet",
             "units": "units: each event stands for itself, so intervals are too narrow where users come back",
             "times": "times: events carry 0 nanoseconds",
         }
@@ -375,39 +401,12 @@ class EventWriter:
             )
 
 
-def scalars(value: Any, path: Names = ()) -> Iterator[tuple[Names, Any]]:
-    """(path, value) of every number, text and boolean of a context. Objects in lists lie at the list's own path.
-
-    Names that begin with an underscore are remarks, not features, as in VW.
-    """
-    if isinstance(value, dict):
-        for name, item in value.items():
-            if not name.startswith("_"):
-                yield from scalars(item, (*path, name))
-    elif isinstance(value, list):
-        for item in value:
-            if isinstance(item, dict):
-                yield from scalars(item, path)
-    elif value is not None:
-        yield path, value
-
-
-def at(path: Names, known: dict[Names, list[Any]]) -> list[Any]:
-    """What lies at a path of `scalars` in each of many values. `known`: those of shorter paths, at least (); filled as needed."""
-    if path not in known:
-        name = path[-1]
-        known[path] = [
-            value.get(name) if value.__class__ is dict else _in_list(value, name) if value.__class__ is list else None
-            for value in at(path[:-1], known)
-        ]
-    return known[path]
-
-
-def _in_list(values: Sequence[Any], name: str) -> Any:
-    for value in values:
-        if value.__class__ is dict and name in value:
-            return value[name]
-    return None
+def _text(value: Any) -> str | None:
+    """As JSON; None for what is nested too deeply to be one."""
+    try:
+        return canonical_json(value).decode()
+    except InputError:
+        return None
 
 
 def _number(value: Any) -> bool:
