@@ -19,7 +19,7 @@ from ope.data import (
 )
 from ope.diagnostics import Diagnostics, LogChecks, LogTally, WeightTally
 from ope.estimators import Estimator, Needs, Rows, Transforming, mean_gradient, mean_value
-from ope.moments import ClusterSums, Moments, counted, sum_by_code
+from ope.moments import ClusterSums, Moments, counted, per_row, per_row_gradient, sum_by_code
 from ope.primitives import terms, weights
 from ope.stack import Stack, parts_of
 
@@ -158,8 +158,7 @@ def accumulate_parts(
             raise DataError("target", f"{width} actions", f"{k}, as in earlier rows", "Use one set of actions.", row=first_row)
         candidates, clustered = part.candidates, part.data.cluster is not None
         try:
-            for rows, columns, widths in _columns(part, tallies):  # noqa: B007
-                log.add(part.data, rows)
+            for rows, columns, widths in _columns(part, tallies, log):  # noqa: B007
                 if part.data.cluster is not None:
                     grouping.add(ClusterSums.of(columns, part.data.cluster[rows]))
                     continue
@@ -176,11 +175,15 @@ def accumulate_parts(
         moments, clusters, sums = _over_clusters(grouping, block_seed)
     if moments is None or first_row != n:
         raise InputError(f"found parts of {first_row:,} rows in all; expected {n:,}")
-    return _accumulated(candidates, widths, Stack((), moments, sums, clustered), tuple(tallies), log.checks(clusters))
+    checks = log.checks(*_last_column(moments), clusters, _spread(moments) / log.squares if clustered else 1.0)
+    return _accumulated(candidates, widths, Stack((), moments, sums, clustered), tuple(tallies), checks)
 
 
-def _columns(part: Part, tallies: Sequence[WeightTally]) -> Iterator[tuple[slice, FloatArray, list[int]]]:
-    """Counted columns (m, d + 1) of the rows of a part, chunk by chunk, and the widths of their blocks. Tallies weights, too."""
+def _columns(part: Part, tallies: Sequence[WeightTally], log: LogTally) -> Iterator[tuple[slice, FloatArray, list[int]]]:
+    """Counted columns (m, d + 2) of the rows of a part, chunk by chunk, and the widths of the estimators' blocks among them.
+
+    The last column before the count is the excess that `LogTally` checks. Tallies weights and log on the way.
+    """
     data = part.data
     for rows in _chunks(part):
         blocks: list[FloatArray] = []
@@ -189,7 +192,20 @@ def _columns(part: Part, tallies: Sequence[WeightTally]) -> Iterator[tuple[slice
             arrays = rows_of(data, candidate, part.baseline, rows)
             tally.add(arrays.weight, arrays.reward, sample_weight)
             blocks += [one.terms(arrays) for one in (*candidate.estimators, WeightMean())]
-        yield rows, counted(*blocks, weight=sample_weight), [block.shape[1] for block in blocks]
+        excess = log.add(data, rows)[:, None]
+        yield rows, counted(*blocks, excess, weight=sample_weight), [block.shape[1] for block in blocks]
+
+
+def _last_column(moments: Moments) -> tuple[float, float]:
+    """Mean over rows of the last column before the count, and its standard error."""
+    gradient = np.zeros(len(moments.mean) - 1)
+    gradient[-1] = 1.0
+    return float(per_row(moments.mean)[-1]), moments.stderr(per_row_gradient(gradient, moments.mean))
+
+
+def _spread(moments: Moments) -> float:
+    """Sum of the squared weights of clusters: over that of rows, by how much a sum over wholly dependent rows varies more."""
+    return float(moments.cross[-1, -1] + moments.n * moments.mean[-1] ** 2)
 
 
 def _over_clusters(grouping: Grouping, block_seed: int | None) -> tuple[Moments, int, FloatArray]:
@@ -229,6 +245,17 @@ class _RandomBlocks:
         self._done += rows
         part = sum_by_code(columns, block, size)
         self.sums = self.sums + part if self.sums.size else part
+
+
+def check_log(data: LoggedData, k: int | None) -> LogChecks:
+    """Checks of a log with `k` actions, or with an unknown number of them."""
+    log = LogTally(k)
+    excess = log.add(data, slice(0, data.n))
+    columns = counted(excess[:, None], weight=data.sample_weight)
+    if data.cluster is None:
+        return log.checks(*_last_column(Moments.of(columns)))
+    moments = ClusterSums.of(columns, data.cluster).moments()
+    return log.checks(*_last_column(moments), moments.n, _spread(moments) / log.squares)
 
 
 def as_target(target: Target) -> Target:

@@ -8,16 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import chdtrc
 
 from ope.data import FloatArray, IntArray, LoggedData
 from ope.estimate import Level
 from ope.estimators import Transforming
-from ope.moments import Moments
 
 TAIL_SHARE = 0.05
 """Share of the positive weights whose tail index is looked at."""
@@ -77,7 +74,7 @@ class LogChecks:
     eligible_mean: float
     inverse_z: float
     calibration_p: float
-    """p-value of the chi-square test of action counts against the logged vectors."""
+    """p-value of the chi-square test of action counts against the logged vectors; with clusters, an upper bound of it."""
     vector_gap: float
     """A/A: largest |w - 1| when the logged vectors are evaluated as the target."""
     estimated: bool
@@ -189,64 +186,76 @@ class WeightTally:
 
 
 class LogTally:
-    """What checks of a log need, summed over its parts. `k`: the number of actions, or None where nothing says it."""
+    """What checks of a log need, summed over its parts. `k`: the number of actions, or None where nothing says it.
+
+    Sums weigh rows like the sample weights; whether they may be believed depends on clusters, too, and so the excess of 1/p over
+    the number of eligible actions comes with a standard error from outside (`accumulate` sums it beside the estimates' columns).
+    """
 
     def __init__(self, k: int | None):
-        self.k = k
-        self.moments: Moments | None = None
+        self.k, self.n = k, 0
         self.estimated = False
+        self.weight = self.squares = self.inverse = self.sizes = self.rewards = 0.0
         self.vector_gap = math.nan
-        self.counts = self.expected = self.products = np.empty(0)
+        self.difference, self.covariance = np.empty(0), np.empty((0, 0))
 
-    def add(self, data: LoggedData, rows: slice) -> None:
-        """Take some rows of a log."""
-        columns = np.empty((len(data.action[rows]), 4), order="F")
-        columns[:, 0] = 1 / data.propensity[rows]
-        columns[:, 1] = (math.nan if self.k is None else self.k) if data.eligible is None else data.eligible[rows].sum(axis=1)
-        columns[:, 2] = columns[:, 0] - columns[:, 1]
-        columns[:, 3] = data.reward[rows]
-        found = Moments.of(columns)
-        self.moments = found if self.moments is None else self.moments + found
+    def add(self, data: LoggedData, rows: slice) -> FloatArray:
+        """Take some rows of a log; returns the excess (m,) of each, 0 where the number of actions is unknown."""
+        inverse, reward = 1 / data.propensity[rows], data.reward[rows]
+        weight = None if data.sample_weight is None else data.sample_weight[rows]
+        m = len(inverse)
+        self.n += m
+        self.rewards += float(reward.sum())
         self.estimated = self.estimated or data.propensity_estimated
+        self.weight += m if weight is None else float(weight.sum())
+        self.squares += m if weight is None else float(np.vdot(weight, weight))
+        self.inverse += float(inverse.sum() if weight is None else np.vdot(weight, inverse))
         if data.propensities is not None:
-            self._add_vectors(data.action[rows], data.propensity[rows], data.propensities[rows])
+            self._add_vectors(data.action[rows], data.propensity[rows], data.propensities[rows], weight)
+        if data.eligible is None:
+            self.sizes += (math.nan if self.k is None else self.k) * (m if weight is None else float(weight.sum()))
+            return np.zeros(m) if self.k is None else inverse - self.k
+        size = data.eligible[rows].sum(axis=1, dtype=np.float64)
+        self.sizes += float(size.sum() if weight is None else np.vdot(weight, size))
+        return inverse - size
 
-    def _add_vectors(self, action: IntArray, propensity: FloatArray, vectors: FloatArray) -> None:
-        k = vectors.shape[1]
-        if not self.counts.size:
-            self.counts, self.expected, self.products, self.vector_gap = np.zeros(k), np.zeros(k), np.zeros((k, k)), 0.0
-        self.counts += np.bincount(action, minlength=k)
-        self.expected += vectors.sum(axis=0)
-        self.products += vectors.T @ vectors
-        gap = float(np.abs(vectors[np.arange(len(action)), action] / propensity - 1).max())
+    def _add_vectors(self, action: IntArray, propensity: FloatArray, vectors: FloatArray, weight: FloatArray | None) -> None:
+        m, k = vectors.shape
+        if not self.difference.size:
+            self.difference, self.covariance, self.vector_gap = np.zeros(k), np.zeros((k, k)), 0.0
+        gap = float(np.abs(vectors[np.arange(m), action] / propensity - 1).max())
         self.vector_gap = max(self.vector_gap, gap)
+        if weight is None:
+            expected = vectors.sum(axis=0)
+            self.difference += np.bincount(action, minlength=k) - expected
+            self.covariance += np.diag(expected) - vectors.T @ vectors
+            return
+        residual = -vectors * weight[:, None]  # which rows were kept may depend on the action: only residuals tell their spread
+        residual[np.arange(m), action] += weight
+        self.difference += residual.sum(axis=0)
+        self.covariance += residual.T @ residual
 
-    def checks(self, clusters: int | None = None) -> LogChecks:
-        """The checks of all rows taken. `clusters`: their number, where rows have any."""
-        assert self.moments is not None, "checks of a log without rows"
-        inverse_mean, eligible_mean, excess, reward_mean = (float(mean) for mean in self.moments.mean)
-        stderr = math.sqrt(self.moments.covariance()[2, 2])
+    def checks(self, excess: float, stderr: float, clusters: int | None = None, spread: float = 1.0) -> LogChecks:
+        """The checks of all rows taken, given the mean excess and its standard error.
+
+        `clusters`: their number, where rows have any; `spread`: by what factor clusters may widen a variance, at most.
+        """
+        inverse_mean, eligible_mean = self.inverse / self.weight, self.sizes / self.weight
         inverse_z = excess / stderr if stderr > 1e-12 * inverse_mean else 0.0
         if stderr <= 1e-12 * inverse_mean and abs(excess) > 1e-6 * inverse_mean:
             inverse_z = math.copysign(math.inf, excess)  # without sampling error any difference decides
+        known = self.difference.size > 0
         return LogChecks(
-            n=self.moments.n,
+            n=self.n,
             inverse_mean=inverse_mean,
             eligible_mean=eligible_mean,
-            inverse_z=inverse_z,
-            calibration_p=_calibration_p(self.counts, self.expected, self.products) if self.counts.size else math.nan,
+            inverse_z=math.nan if math.isnan(eligible_mean) or math.isnan(stderr) else inverse_z,
+            calibration_p=_calibration_p(self.difference, self.covariance * spread) if known else math.nan,
             vector_gap=self.vector_gap,
             estimated=self.estimated,
             clusters=clusters,
-            reward_mean=reward_mean,
+            reward_mean=self.rewards / self.n,
         )
-
-
-def check_log(data: LoggedData, k: int | None) -> LogChecks:
-    """Checks of a log with `k` actions, or with an unknown number of them."""
-    tally = LogTally(k)
-    tally.add(data, slice(0, data.n))
-    return tally.checks(None if data.cluster is None else len(np.unique(data.cluster)))
 
 
 def calibration(action: IntArray, propensities: FloatArray) -> float:
@@ -254,13 +263,12 @@ def calibration(action: IntArray, propensities: FloatArray) -> float:
 
     Counts minus their expectation have covariance Σ_i diag(p_i) - p_i p_iᵀ, whose rank is the degrees of freedom.
     """
+    expected = propensities.sum(axis=0)
     counts = np.bincount(action, minlength=propensities.shape[1])
-    return _calibration_p(counts, propensities.sum(axis=0), propensities.T @ propensities)
+    return _calibration_p(counts - expected, np.diag(expected) - propensities.T @ propensities)
 
 
-def _calibration_p(counts: NDArray[Any], expected: FloatArray, products: FloatArray) -> float:
-    difference = counts - expected
-    covariance = np.diag(expected) - products
+def _calibration_p(difference: FloatArray, covariance: FloatArray) -> float:
     eigenvalues, vectors = np.linalg.eigh(covariance)
     kept = eigenvalues > 1e-9 * max(float(eigenvalues.max()), 1.0)
     statistic = float(((vectors.T @ difference)[kept] ** 2 / eigenvalues[kept]).sum())

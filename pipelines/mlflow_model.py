@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from bandits.artifact import Artifact, load_artifact
 from bandits.registry import Registry
 from ope.data import InputError
+
+NOT_IN_NAMES = re.compile(r"[^\w. /-]+")
+"""What MLflow does not take in the name of a metric."""
 
 TRUST = "trust.json"
 """Digest of the artifact, and the public key that it was signed for."""
@@ -60,33 +64,23 @@ def export_model(registry: Registry, digest: str, folder: Path, report: Sequence
     data.mkdir(parents=True)
     shutil.copytree(registry.path(artifact.digest), data / artifact.digest)
     trust = {"digest": artifact.digest, "public_key": registry.public_key().public_bytes_raw().hex()}
+    about = {"name": manifest.name, "decision_point": manifest.decision_point, "digest": artifact.digest}
+    loading = {"loader_module": __name__, "data": "data", "python_version": ".".join(map(str, sys.version_info[:3]))}
     description = {
-        "flavors": {
-            "python_function": {
-                "loader_module": __name__,
-                "data": "data",
-                "python_version": ".".join(map(str, sys.version_info[:3])),
-            }
-        },
+        "flavors": {"python_function": loading},
         "model_uuid": artifact.digest[:32],
         "utc_time_created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S.%f"),
-        "metadata": {"name": manifest.name, "decision_point": manifest.decision_point, "digest": artifact.digest},
-    }
-    params = {
-        "name": manifest.name,
-        "decision_point": manifest.decision_point,
-        "digest": artifact.digest,
-        "parent": manifest.parent,
+        "metadata": about,
     }
     metrics = {
-        f"{record['estimator']}.{key}": record[key]
+        NOT_IN_NAMES.sub("_", f"{record['estimator']}.{key}"): record[key]
         for record in report
         for key in ("value", "stderr", "low", "high", "ess")
         if record.get(key) is not None
     }
     _write(data / TRUST, trust)
     _write(folder / "MLmodel", description)  # JSON is YAML
-    _write(folder / "params.json", params)
+    _write(folder / "params.json", about | {"parent": manifest.parent})
     _write(folder / "metrics.json", metrics)
     _write(folder / "report.json", list(report))
 

@@ -213,9 +213,7 @@ def verify(registry: RegistryFolder = Path("registry"), as_json: AsJsonObject = 
 def export(
     digest: Digest,
     to: Annotated[Path, typer.Option(help="Folder for the model; must be new.")],
-    report: Annotated[
-        Path | None, typer.Option(help="JSON file of estimates to go with it, as `propel ope --json` writes it.")
-    ] = None,
+    report: Annotated[Path | None, typer.Option(help="JSON of estimates to go with it, as `propel ope --json` writes it.")] = None,
     registry: RegistryFolder = Path("registry"),
 ) -> None:
     """Write an artifact as a model that MLflow loads (`mlflow.pyfunc.load_model`), with its report as metrics."""
@@ -228,7 +226,7 @@ def export(
 
 @policy_app.command()
 def prune(
-    keep: Annotated[int, typer.Option(min=1, help="Artifacts to keep per decision point, beside those that are or were served.")],
+    keep: Annotated[int, typer.Option(min=1, help="Number of newest artifacts to keep, beside what is served and was before.")],
     registry: RegistryFolder = Path("registry"),
     as_json: AsJsonObject = False,
 ) -> None:

@@ -53,7 +53,7 @@ def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("page", [p for p in PAGES if "$ propel" in p.read_text()], ids=lambda page: page.stem)
 def test_commands_print_what_the_page_shows(page: Path, example_log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the log of the how-to page, or on what the page's own example made: a registry, a log to import."""
-    own = any(word in "".join(blocks(page, "console")) for word in ("--registry", "propel import"))
+    own = any(word in "".join(blocks(page, "console")) for word in ("--registry", "propel import", "propel propensities"))
     monkeypatch.chdir(tmp_path if own else example_log)
     if own:
         run_python(page)

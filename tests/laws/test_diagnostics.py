@@ -10,7 +10,8 @@ import pytest
 from scipy.stats import chisquare, kstest
 
 from ope import ESTIMATORS, LoggedData, evaluate
-from ope.diagnostics import Diagnostics, LogChecks, Thresholds, calibration, check_log, hill_tail_index, judge
+from ope.accumulate import check_log
+from ope.diagnostics import Diagnostics, LogChecks, Thresholds, calibration, hill_tail_index, judge
 from ope.simulate import sample_actions, softmax
 
 from .logs import Case, random_case
