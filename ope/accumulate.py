@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from ope.data import (
     DataError,
@@ -140,7 +141,11 @@ def accumulate_parts(
     sums over the bootstrap's blocks are kept as well.
     Raises DataError, its row counted over the whole log, for a target that is not a policy on this log.
     """
-    grouping = InMemory() if grouping is None else grouping
+    with threadpool_limits(1, "blas"):  # products of a chunk are too small to share: a second thread only waits, at full speed
+        return _accumulate(parts, n, block_seed, InMemory() if grouping is None else grouping)
+
+
+def _accumulate(parts: Iterable[Part], n: int, block_seed: int | None, grouping: Grouping) -> Accumulated:
     blocks = None if block_seed is None else _RandomBlocks(n, block_seed)
     moments: Moments | None = None
     candidates: tuple[Candidate, ...] = ()
