@@ -26,7 +26,7 @@ LABEL_TOLERANCE = 1e-4
 """Relative difference between the label's probability and that in the vector: both may be rounded to a few digits."""
 
 
-class Outcomes(msgspec.Struct):
+class Outcomes(msgspec.Struct, gc=False):
     """One slot of a line with several."""
 
     actions: list[int] = msgspec.field(name="_a", default=[])
@@ -35,13 +35,13 @@ class Outcomes(msgspec.Struct):
     id: str | int | None = msgspec.field(name="_id", default=None)
 
 
-class State(msgspec.Struct):
+class State(msgspec.Struct, gc=False):
     """Which model decided."""
 
     model: str | None = msgspec.field(name="m", default=None)
 
 
-class Line(msgspec.Struct):
+class Line(msgspec.Struct, gc=False):
     """What is read of a line; other fields are skipped."""
 
     context: dict[str, msgspec.Raw] = msgspec.field(name="c", default={})
@@ -79,13 +79,13 @@ MAX_KNOWN = 20_000
 """Actions whose features are remembered: the same ones come with line after line."""
 
 
-class Slot(msgspec.Struct):
+class Slot(msgspec.Struct, gc=False):
     """One decision of a line, checked: numbers still as the line has them."""
 
     name: str | None
     chosen: int
     """Place in `offered`."""
-    offered: list[int]
+    offered: Sequence[int]
     """Actions, counted from 0, in the order of `_multi`."""
     vector: list[float] | None
     propensity: float
@@ -122,7 +122,7 @@ def read_dsjson(
 
 
 def read_line(text: bytes, pass_in_label: bool = False) -> tuple[Line, list[msgspec.Raw], list[Slot]]:
-    """A line, its actions' features unread, and its decisions; none for an observation.
+    """A line without its actions, these with their features unread, and its decisions; none for an observation.
 
     Raises FaultError where it cannot be a decision.
     """
@@ -132,13 +132,14 @@ def read_line(text: bytes, pass_in_label: bool = False) -> tuple[Line, list[msgs
             raise FaultError("version", f"found version {line.version!r}; expected 1")
         if line.observed is not None and not line.context:
             return line, [], []
-        offered = RAWS.decode(line.context["_multi"]) if "_multi" in line.context else []
+        multi = line.context.pop("_multi", None)
+        offered = [] if multi is None else RAWS.decode(multi)
     except UNREADABLE as error:
         _unreadable(error, text)
-    if not offered:
+    if multi is None or not offered:
         what = "a continuous action" if bytes(line.continuous) else "no actions in c._multi"
         raise FaultError("kind", f"found {what}; expected a decision among the actions listed there")
-    if "_slots" in line.context and b'"_slot_id"' in bytes(line.context["_multi"]):
+    if "_slots" in line.context and b'"_slot_id"' in bytes(multi):
         raise FaultError("kind", "found a slate, whose slots have actions of their own; expected slots that share them")
     if not 0 <= line.dropped < 1:
         raise FaultError("pdrop", f"found pdrop {line.dropped}; expected a probability below 1")
@@ -168,8 +169,7 @@ def _single(line: Line, k: int, pass_in_label: bool) -> Slot:
         raise FaultError("action", f"found _label_Action {taken} beside _labelIndex {line.index}; expected one action")
     if taken not in numbers:
         raise FaultError("action", f"found action {taken} taken, outside the set {_few(numbers)}; expected one of them")
-    place = numbers.index(taken)
-    offered, vector, chosen = _in_order([number - 1 for number in numbers], line.probabilities, place, k)
+    offered, vector, chosen = _in_order(numbers, line.probabilities, taken, 1, k)
     kept = 1 - line.dropped
     logged = None if vector is None else vector[chosen]
     stated = line.probability
@@ -189,7 +189,7 @@ def _single(line: Line, k: int, pass_in_label: bool) -> Slot:
 def _slot(line: Line, place: int, outcome: Outcomes, k: int) -> Slot:
     if not outcome.actions:
         raise FaultError("action", f"slot {place}: found no actions; expected _a, the action taken first")
-    offered, vector, chosen = _in_order(outcome.actions, outcome.probabilities, 0, k)
+    offered, vector, chosen = _in_order(outcome.actions, outcome.probabilities, outcome.actions[0], 0, k)
     if vector is None:
         raise FaultError("propensity", f"slot {place}: found no _p; expected the probability of each action")
     name = str(place if outcome.id is None else outcome.id)
@@ -197,44 +197,53 @@ def _slot(line: Line, place: int, outcome: Outcomes, k: int) -> Slot:
 
 
 def _in_order(
-    numbers: Sequence[int], probabilities: Sequence[float] | None, chosen: int, k: int
-) -> tuple[list[int], list[float] | None, int]:
-    """Actions from 0, and their probabilities, in the order of `_multi`; and where the chosen one is then."""
+    numbers: Sequence[int], probabilities: Sequence[float] | None, taken: int, first: int, k: int
+) -> tuple[Sequence[int], list[float] | None, int]:
+    """Actions counted from 0, and their probabilities, in the order of `_multi`; and where the one taken is then.
+
+    `numbers` and `taken` count from `first`.
+    """
     if probabilities is not None and len(probabilities) != len(numbers):
         raise FaultError("probabilities", f"found {len(probabilities)} probabilities of {len(numbers)} actions; expected one each")
-    offered = sorted(numbers)
-    if offered[0] < 0 or offered[-1] >= k or len(set(offered)) != len(offered):
-        raise FaultError("action", f"found actions {_few(numbers)} (from 0) of {k}; expected different ones of them")
-    place = offered.index(numbers[chosen])
-    if probabilities is None:
-        return offered, None, place
-    by_number = dict(zip(numbers, probabilities, strict=True))
-    return offered, [by_number[number] for number in offered], place
+    if probabilities is not None and len(numbers) == k and min(numbers) == first and max(numbers) == first + k - 1:
+        vector: list[float | None] = [None] * k
+        for number, probability in zip(numbers, probabilities, strict=True):
+            vector[number - first] = probability
+        if None not in vector:  # every action once: the usual case
+            return range(k), vector, taken - first  # type: ignore[return-value]
+    by_number = dict(zip(numbers, probabilities or numbers, strict=True))
+    ordered = sorted(by_number)
+    if ordered[0] < first or ordered[-1] >= first + k or len(ordered) != len(numbers):
+        raise FaultError("action", f"found actions {_few(numbers)} (from {first}) of {k}; expected different ones of them")
+    offered = range(k) if len(ordered) == k else [number - first for number in ordered]
+    return offered, None if probabilities is None else [by_number[number] for number in ordered], ordered.index(taken)
 
 
 def _events(
     text: bytes, number: int, source: str, unit: Names | None, pass_in_label: bool, known: Known
-) -> Iterator[Row | Outcome | Problem]:
+) -> Sequence[Row | Outcome | Problem]:
     try:
         line, offered, slots = read_line(text, pass_in_label)
         if slots:
-            yield from _rows(line, [_read_action(bytes(raw), known) for raw in offered], slots, number, source, unit)
-        elif not line.event_id:
+            return _rows(
+                line, [known.get(raw) or _read_action(raw, known) for raw in map(bytes, offered)], slots, number, source, unit
+            )
+        if not line.event_id:
             raise FaultError("id", "found an observation without EventId; expected that of its decision")
-        else:
-            yield Outcome(number, line.event_id, nanoseconds(line.enqueued), line.observed or 0.0)
+        return [Outcome(number, line.event_id, nanoseconds(line.enqueued), line.observed or 0.0)]
     except FaultError as fault:
-        yield Problem(number, fault.kind, str(fault)[:300])
+        return [Problem(number, fault.kind, str(fault)[:300])]
     except (*UNREADABLE, InputError) as error:
-        yield Problem(number, "json", str(error)[:300])
+        return [Problem(number, "json", str(error)[:300])]
 
 
 def _rows(
     line: Line, offered: Sequence[tuple[str | None, bytes]], slots: Sequence[Slot], number: int, source: str, unit: Names | None
 ) -> list[Row]:
-    ids = _named([tag for tag, _ in offered])
-    context = {name: VALUE.decode(raw) for name, raw in line.context.items() if name not in ("_multi", "_slots")}
-    slot_features = [{}] if line.slots is None else _slot_features(line, context, len(slots))
+    ids, features = _named([tag for tag, _ in offered]), [one for _, one in offered]
+    raw_slots = line.context.pop("_slots", None)
+    context = {name: VALUE.decode(raw) for name, raw in line.context.items()}
+    slot_features = [] if line.slots is None else _slot_features(raw_slots, context, len(slots))
     event_id = line.event_id or digest(f"{source}:{number}".encode()).hex()
     whom = None if unit is None else at(unit, {(): [context]})[0]
     if isinstance(whom, dict | list):
@@ -243,6 +252,7 @@ def _rows(
     rows = []
     for place, slot in enumerate(slots):
         seen = context if slot.name is None else context | {"slot": slot_features[place]}
+        whole = len(slot.offered) == len(ids)
         rows.append(
             Row(
                 line=number,
@@ -251,26 +261,26 @@ def _rows(
                 unit=None if whom is None else str(whom),
                 session=None if slot.name is None else event_id,
                 policy=f"vw@{line.state.model}" if line.state is not None and line.state.model else "vw",
-                actions=tuple([ids[action] for action in slot.offered]),
+                actions=tuple(ids) if whole else tuple([ids[action] for action in slot.offered]),
                 chosen=slot.chosen,
                 propensity=slot.propensity,
                 vector=slot.vector,
                 context=seen,
-                body=body_of(seen, [offered[action][1] for action in slot.offered]),
+                body=body_of(seen, features if whole else [features[action] for action in slot.offered]),
                 reward=None if slot.cost is None else 0.0 - slot.cost,
                 pass_probability=slot.pass_probability,
-                excluded=_excluded(ids, slot.offered),
+                excluded=() if whole else _excluded(ids, slot.offered),
                 kind="shadow" if line.skip else "sampled",
             )
         )
     return rows
 
 
-def _slot_features(line: Line, context: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+def _slot_features(raw: msgspec.Raw | None, context: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     """Features of each slot; what its `_inc` says is in its set of actions."""
-    if "_slots" not in line.context:
+    if raw is None:
         return [{}] * count
-    features = OBJECTS.decode(line.context["_slots"])
+    features = OBJECTS.decode(raw)
     if len(features) != count:
         raise FaultError("slots", f"found {count} outcomes of {len(features)} slots; expected one each")
     if "slot" in context:
@@ -279,30 +289,27 @@ def _slot_features(line: Line, context: Mapping[str, Any], count: int) -> list[d
 
 
 def _excluded(ids: Sequence[str], offered: Sequence[int]) -> tuple[tuple[str, str], ...]:
-    if len(ids) == len(offered):
-        return ()
     return tuple((ids[action], "not offered") for action in sorted(set(range(len(ids))) - set(offered)))
 
 
 def _read_action(raw: bytes, known: Known) -> tuple[str | None, bytes]:
-    """Tag, where it has one, and features of an action as canonical JSON."""
-    found = known.get(raw)
-    if found is None:
-        features = OBJECT.decode(raw)
-        tag = features.pop("_tag", None)
-        if tag is not None and not isinstance(tag, str):
-            raise FaultError("action", f"found _tag {tag!r:.80} of an action; expected a text")
-        found = tag or None, canonical_json(features)
-        if len(known) >= MAX_KNOWN:
-            known.clear()
-        known[raw] = found
-    return found
+    """Tag, where it has one, and features of an action as canonical JSON; remembered."""
+    features = OBJECT.decode(raw)
+    tag = features.pop("_tag", None)
+    if tag is not None and not isinstance(tag, str):
+        raise FaultError("action", f"found _tag {tag!r:.80} of an action; expected a text")
+    if len(known) >= MAX_KNOWN:
+        known.clear()
+    known[raw] = tag or None, canonical_json(features)
+    return known[raw]
 
 
 def _named(tags: list[str | None]) -> list[str]:
     """Id of each action: its tag where all have different ones, else its number from 1."""
-    named = [tag for tag in tags if tag is not None]
-    return named if len(set(named)) == len(tags) else [str(number) for number in range(1, len(tags) + 1)]
+    distinct = set(tags)
+    if None in distinct or len(distinct) < len(tags):
+        return [str(number) for number in range(1, len(tags) + 1)]
+    return tags  # type: ignore[return-value]
 
 
 def _few(numbers: Sequence[int]) -> str:

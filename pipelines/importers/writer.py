@@ -145,7 +145,10 @@ class EventWriter:
         if isinstance(item, Row):
             self._pending.append(item)
             self._bytes += len(item.body)
-        elif isinstance(item, Problem):
+            if len(self._pending) >= BATCH or self._bytes >= BATCH_BYTES:
+                self._flush()
+            return
+        if isinstance(item, Problem):
             self._problems.append(item)
         elif not is_id(item.decision_id):
             self._problems.append(Problem(item.line, "id", f"found {item.decision_id!r:.140}; expected {ID}"))
@@ -155,7 +158,7 @@ class EventWriter:
             self._outcomes.append((item.decision_id, f"line {item.line}", item.observed_at_ns or 0, item.value))
             self._observed.append(item.decision_id)
             self.report.observations += 1
-        if max(len(self._pending), len(self._problems), len(self._outcomes)) >= BATCH or self._bytes >= BATCH_BYTES:
+        if max(len(self._problems), len(self._outcomes)) >= BATCH:
             self._flush()
 
     def _flush(self) -> None:
@@ -171,13 +174,11 @@ class EventWriter:
 
     def _checked(self, rows: Sequence[Row]) -> tuple[list[Row], list[bytes], list[float]]:
         """Rows that can be decisions, their shares, and the propensity of each: that of its share where there is one."""
-        good = []
-        for row in rows:
-            fault = self._fault(row)
-            if fault is None:
-                good.append(row)
-            else:
-                self._problems.append(Problem(row.line, *fault))
+        good = list(rows)
+        if rows and not self._sound(rows):
+            faults = [self._fault(row) for row in rows]
+            good = [row for row, fault in zip(rows, faults, strict=True) if fault is None]
+            self._problems += [Problem(row.line, *fault) for row, fault in zip(rows, faults, strict=True) if fault is not None]
         shares, propensities = [b""] * len(good), [min(row.propensity, 1.0) for row in good]
         by_width: dict[int, list[int]] = {}
         for place, row in enumerate(good):
@@ -200,6 +201,25 @@ class EventWriter:
             return False
         self._seen.add(key)
         return True
+
+    def _sound(self, rows: Sequence[Row]) -> bool:
+        """True if `_fault` finds nothing in any row: all checks of many rows at once, which is much faster than row by row."""
+        ids = [row.decision_id for row in rows]
+        more = {text for row in rows for text in (row.unit, row.session, row.policy) if text is not None}
+        sets = {row.actions for row in rows}
+        actions: set[str] = set().union(*sets, *([action for action, _ in row.excluded] for row in rows if row.excluded))
+        numbers = np.array([(row.propensity, row.pass_probability, row.reward or 0.0) for row in rows])
+        return (
+            min(map(len, ids)) > 0
+            and max(map(len, ids)) <= 128
+            and "".join(ids).isprintable()
+            and all(map(is_id, more))
+            and all(map(is_id, actions - self._actions))
+            and all(len(set(one)) == len(one) for one in sets)
+            and all(0 <= row.chosen < len(row.actions) for row in rows)
+            and bool((numbers[:, :2] > 0).all() and (numbers[:, 0] <= 1 + SUM_TOLERANCE).all() and (numbers[:, 1] <= 1).all())
+            and bool((np.abs(numbers[:, 2]) < LARGEST).all())
+        )
 
     def _fault(self, row: Row) -> tuple[str, str] | None:
         """Kind and message of what is wrong with a row by itself."""
