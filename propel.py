@@ -239,6 +239,9 @@ def import_(
         from pipelines.imports import import_log, print_import
 
         names = tuple(split(context) or ())
+        asked = action != "action" or any(
+            one is not None for one in (reward, propensity, traffic, time, decision_id, pass_probability)
+        )
 
         def table() -> Exposures:
             return Exposures(
@@ -249,8 +252,9 @@ def import_(
         naming = Naming(decision_point, tenant, reward_name, unit, names or None)
         with progress("Importing") as advance:
             report = import_log(
-                source, to, naming, kind=None if kind is None else kind.value, exposures=table, pass_in_label=pass_in_label,
-                estimated=estimated, progress=lambda done: advance(done, source.stat().st_size),
+                source, to, naming, kind=None if kind is None else kind.value, exposures=table if asked else None,
+                pass_in_label=pass_in_label, estimated=estimated,
+                progress=lambda done: advance(done, source.stat().st_size),
             )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(report.to_record(), indent=2))

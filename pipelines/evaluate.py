@@ -81,17 +81,26 @@ def bounds_of_file(
 ) -> tuple[Bounds, ...]:
     """Between which ends a policy's value lies if propensities are wrong by at most each factor in their odds.
 
-    Reads the log once more, and keeps four numbers per row. Raises what `evaluate_file` does, and InputError for a factor below 1.
+    Reads the log once more, and keeps two sums per different reward. Raises what `evaluate_file` does, and InputError for a factor
+    below 1.
     """
     log = open_log(path, columns, also=[policy] if is_column(policy) else [], k=k)
     target = open_policy(policy, log)
-    kept: list[tuple[FloatArray, ...]] = []
+    sums = np.empty((0, 3))
     for _, part in log.parts():
         data, pi = part.data, target.on(part)
         taken = data.propensity if isinstance(pi, str) else pi if pi.ndim == 1 else pi[np.arange(data.n), data.action]
-        kept.append((taken, data.propensity, data.reward, np.ones(data.n) if data.sample_weight is None else data.sample_weight))
-    taken, propensity, reward, weight = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))
-    return tuple(Bounds(gamma, *value_bounds(taken, propensity, reward, gamma, weight)) for gamma in gammas)
+        weight = taken if data.sample_weight is None else taken * data.sample_weight
+        sums = _by_reward(np.concatenate((sums, np.stack((data.reward, weight, weight / data.propensity), axis=1))))
+    reward, weight, inverse = sums[sums[:, 1] > 0].T
+    # with weights π s and chances p' = Σ π s / Σ (π s / p), a row per reward has the bounds of all rows with that reward
+    return tuple(Bounds(gamma, *value_bounds(np.ones(len(reward)), weight / inverse, reward, gamma, weight)) for gamma in gammas)
+
+
+def _by_reward(rows: FloatArray) -> FloatArray:
+    """Rows (n, 3) of a reward and two numbers, with the numbers of equal rewards added up."""
+    values, code = np.unique(rows[:, 0], return_inverse=True)
+    return np.column_stack((values, *(np.bincount(code, weights=column) for column in rows[:, 1:].T)))
 
 
 def _evaluated(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from graphlib import CycleError, TopologicalSorter
 from itertools import groupby, pairwise
 from pathlib import Path
+from tempfile import mkstemp
 from typing import Any
 
 import msgspec
@@ -17,6 +19,7 @@ import pyarrow.parquet as pq
 from bandits.events import Decision, Reward
 from bandits.sampling import TOTAL
 from ope.data import InputError
+from pipelines.importers.dsjson import UNIT
 
 
 def read_decisions(folder: Path) -> Iterator[Decision]:
@@ -51,14 +54,17 @@ def to_dsjson(folder: Path, path: Path) -> int:
         else:
             rewards[reward.decision_id] = reward.value
     count = 0
-    part = path.with_name(path.name + ".part")
+    handle, name = mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    part = Path(name)
     try:
+        os.close(handle)
         with gzip.open(part, "wb") if path.suffix == ".gz" else part.open("wb") as file:
             for _, group in groupby(read_decisions(folder), key=_line_key):
                 file.write(msgspec.json.encode(_line(list(group), rewards)) + b"\n")
                 count += 1
             for reward in alone:
                 file.write(msgspec.json.encode(_observation(reward)) + b"\n")
+        part.chmod(0o644)
         part.rename(path)
     finally:
         part.unlink(missing_ok=True)
@@ -91,6 +97,8 @@ def _line(decisions: Sequence[Decision], rewards: Mapping[str, float]) -> dict[s
     }
     numbered = ids == [str(number) for number in range(1, len(ids) + 1)]
     multi = [features[action] if numbered else {"_tag": action} | features[action] for action in ids]
+    if first.unit not in (first.decision_id, first.session):
+        bodies[0]["context"][UNIT] = first.unit
     line: dict[str, Any] = {"Version": "1", "EventId": first.session if slotted else first.decision_id}
     if first.decided_at_ns:
         line["Timestamp"] = _iso(first.decided_at_ns)

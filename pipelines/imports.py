@@ -52,6 +52,8 @@ def import_log(
     kind = kind or kind_of(source)
     report = ImportReport(str(source), kind)
     items: Iterator[Row | Outcome | Problem]
+    if exposures is not None and kind != "exposures":
+        raise InputError(f"{source}: found options of an exposure table for {kind}; expected none: or give --format exposures")
     if kind == "dsjson":
         items = read_dsjson(source, naming, pass_in_label=pass_in_label, progress=progress)
     elif kind == "open-bandit":
@@ -79,16 +81,21 @@ def kind_of(source: Path) -> Format:
     if name.endswith((".csv", ".parquet")):
         there = header(source) if name.endswith(".csv") else []
         return "open-bandit" if {"item_id", "propensity_score", "click"} <= set(there) else "exposures"
+    if any(line.lstrip().startswith(b"{") for line in _first_lines(source)):  # the first ones may be broken
+        return "dsjson"
+    raise InputError(f"{source}: found neither JSON lines, nor a name that ends in .csv or .parquet; expected one: give --format")
+
+
+def _first_lines(source: Path) -> list[bytes]:
+    """What can be read of the beginning of a file, gzip or not."""
+    text = b""
     with gzip.open(source) if source.suffix == ".gz" else source.open("rb") as stream:
         try:
-            lines = stream.read(PEEK).removeprefix(BOM).splitlines()
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise InputError(
-                f"{source}: found a file that ends or breaks at once ({error}); expected a log: copy it again"
-            ) from None
-        if any(line.lstrip().startswith(b"{") for line in lines):  # the first ones may be broken
-            return "dsjson"
-    raise InputError(f"{source}: found neither JSON lines, nor a name that ends in .csv or .parquet; expected one: give --format")
+            while len(text) < PEEK and (more := stream.read(1024)):
+                text += more
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            pass  # where it breaks is told, with the line's number, when it is imported
+    return text.removeprefix(BOM).splitlines()
 
 
 def print_import(console: Console, report: ImportReport, folder: Path) -> None:
@@ -115,7 +122,7 @@ def print_import(console: Console, report: ImportReport, folder: Path) -> None:
     say(f"{', '.join(report.files)} in {folder}")
     if report.rows:
         words = ["propel", "ope", "--log", str(folder / "log.parquet"), "--policy", "uniform"]
-        context = ["--context", ",".join(report.context)] if report.context else []
+        context = ["--context", ",".join(report.usable)] if report.usable else []
         say(f"{report.rows:,} rows can be evaluated: {shlex.join([*words, *context])}", "bold")
     else:
         say("No row can be evaluated: that takes a decision that was sampled, and its reward.", "yellow")

@@ -19,7 +19,10 @@ from ope.data import InputError
 from pipelines.importers.events import FaultError, Naming, Outcome, Problem, Row, body_of, canonical_json, nanoseconds
 from pipelines.importers.paths import Names, at
 
-VERSIONS = (None, "1")
+UNIT = "_unit"
+"""Name in the context under which `propel export` keeps a unit that is not there otherwise; VW reads it as a remark."""
+
+VERSIONS = (None, "1", 1)
 """Versions of the format that this reads; None where the line does not say."""
 
 LABEL_TOLERANCE = 1e-4
@@ -52,10 +55,11 @@ class Line(msgspec.Struct, gc=False):
     action: int | None = msgspec.field(name="_label_Action", default=None)
     index: int | None = msgspec.field(name="_labelIndex", default=None)
     skip: bool = msgspec.field(name="_skipLearn", default=False)
+    deferred: bool = msgspec.field(name="DeferredAction", default=False)
     slots: list[Outcomes] | None = msgspec.field(name="_outcomes", default=None)
     event_id: str | None = msgspec.field(name="EventId", default=None)
     time: str | None = msgspec.field(name="Timestamp", default=None)
-    version: str | None = msgspec.field(name="Version", default=None)
+    version: str | int | None = msgspec.field(name="Version", default=None)
     dropped: float = msgspec.field(name="pdrop", default=0.0)
     state: State | None = msgspec.field(name="VWState", default=None)
     observed: float | None = msgspec.field(name="RewardValue", default=None)
@@ -154,7 +158,7 @@ def _unreadable(error: Exception, text: bytes) -> NoReturn:
     """Raise the FaultError of a line that could not be decoded."""
     if isinstance(error, msgspec.ValidationError):
         raise FaultError("field", f"found {str(error)[:200]}; expected a field of that kind") from None
-    kind = "json" if text.endswith(b"\n") else "truncated"
+    kind = "truncated" if not text.endswith(b"\n") and "truncated" in str(error) else "json"
     raise FaultError(kind, f"found {str(error)[:200]}; expected one JSON object") from None
 
 
@@ -245,7 +249,8 @@ def _rows(
     context = {name: VALUE.decode(raw) for name, raw in line.context.items()}
     slot_features = [] if line.slots is None else _slot_features(raw_slots, context, len(slots))
     event_id = line.event_id or digest(f"{source}:{number}".encode()).hex()
-    whom = None if unit is None else at(unit, {(): [context]})[0]
+    noted = context.pop(UNIT, None)
+    whom = noted if unit is None else at(unit, {(): [context]})[0]
     if isinstance(whom, dict | list):
         whom = None
     time = nanoseconds(line.time)
@@ -271,6 +276,7 @@ def _rows(
                 pass_probability=slot.pass_probability,
                 excluded=() if whole else _excluded(ids, slot.offered),
                 kind="shadow" if line.skip else "sampled",
+                deferred=line.deferred and not line.skip,
             )
         )
     return rows

@@ -103,6 +103,8 @@ class Row(msgspec.Struct, frozen=True, gc=False):
     pass_probability: float = 1.0
     excluded: tuple[tuple[str, str], ...] = ()
     kind: str = "sampled"
+    deferred: bool = False
+    """True if the action was not to be taken before it was activated, and nothing says whether it was."""
 
 
 class Outcome(NamedTuple):
@@ -172,6 +174,8 @@ class ImportReport:
     notes: list[str] = field(default_factory=list)
     context: list[str] = field(default_factory=list)
     """Context columns of the log."""
+    usable: list[str] = field(default_factory=list)
+    """Those that `propel ope --context` takes as they are: texts, and numbers without gaps, and not the unit."""
     actions: int = 0
     """Different actions."""
     largest_change: float = 0.0

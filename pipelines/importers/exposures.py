@@ -53,7 +53,9 @@ class Exposures:
                 "they are never filled in"
             )
         if self.split and (min(self.split.values()) <= 0 or abs(sum(self.split.values()) - 1) > 1e-6):
-            raise InputError(f"found a split of {dict(self.split)}; expected positive shares that sum to 1")
+            percent = abs(sum(self.split.values()) - 100) < 1e-6
+            hint = ": divide the percentages by 100" if percent else ""
+            raise InputError(f"found a split of {dict(self.split)}; expected positive shares that sum to 1{hint}")
 
     def named(self) -> list[str]:
         """The columns that are needed."""
@@ -201,10 +203,19 @@ def _row(line: int, record: Mapping[str, Any], columns: Exposures, actions: tupl
     )
 
 
+TRUTHS = {"true": 1.0, "false": 0.0}
+"""How tools write outcomes that happened or not."""
+
+UNITS_PER_SECOND = ((10**17, 10**9), (10**14, 10**6), (10**11, 10**3), (0, 1))
+"""Numbers at least as large as the first are times in these parts of a second: 10^11 seconds would be the year 5138."""
+
+
 def number(name: str, found: Any) -> float | None:
     """A number of a table, None where the cell is empty. Raises FaultError for what is none."""
     if found is None:
         return None
+    if isinstance(found, str) and found.lower() in TRUTHS:
+        return TRUTHS[found.lower()]
     try:
         return float(found)
     except (TypeError, ValueError):
@@ -225,14 +236,17 @@ def value(found: Any) -> Any:
 
 
 def time_of(found: Any) -> int | None:
-    """Nanoseconds since 1970 of ISO 8601 text, a date, a timestamp, or a number of seconds. Raises FaultError for others."""
+    """Nanoseconds since 1970 of ISO 8601 text, a date, a timestamp, or a number since 1970: of seconds, or of milli-, micro- or
+    nanoseconds, which their size tells. Raises FaultError for others."""
     if found is None:
         return None
     if isinstance(found, date):
         return nanoseconds(found.isoformat())
     if isinstance(found, str | int | float | Decimal):
         try:
-            return in_range(round(Decimal(str(found)) * 10**9), found)
+            time = Decimal(str(found))
+            per_second = next(parts for least, parts in UNITS_PER_SECOND if abs(time) >= least)
+            return in_range(round(time * 10**9 / per_second), found)
         except InvalidOperation:
             return nanoseconds(str(found))
         except (ValueError, ArithmeticError):  # nan, infinity

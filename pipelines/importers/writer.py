@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,10 +16,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bandits.events import SCHEMA_VERSION, digest
-from bandits.sampling import TOTAL, quantise_rows
+from bandits.sampling import TOTAL
 from ope.data import LARGEST, BoolArray, InputError
 from pipelines.frame import METADATA
 from pipelines.importers.events import ENCODER, ImportReport, Naming, Outcome, Problem, Row, canonical_json, is_id
+from pipelines.importers.layout import (
+    DECISIONS,
+    NAMED,
+    REWARDS,
+    TEXT,
+    constant,
+    nearest_shares,
+    parquet_writer,
+    table_of,
+    vectors_of,
+)
 from pipelines.importers.paths import Names, at, scalars
 
 BATCH, BATCH_BYTES = 5_000, 2**26
@@ -36,50 +48,6 @@ FOREIGN_EPOCH = -1
 ID, REWARD = "1 to 128 printable characters", f"a finite number below {LARGEST:g} in size"
 """What is expected of texts that name something, and of rewards."""
 
-TEXT = pa.string()
-NAMED = pa.dictionary(pa.int32(), TEXT)
-DECISIONS = pa.schema(
-    {
-        "schema_version": pa.int16(),
-        "tenant": NAMED,
-        "decision_point": NAMED,
-        "decision_id": TEXT,
-        "decided_at_ns": pa.int64(),
-        "unit": TEXT,
-        "session": TEXT,
-        "parent": TEXT,
-        "policy": NAMED,
-        "experiment": NAMED,
-        "arm": NAMED,
-        "seed_epoch": pa.int64(),
-        "kind": NAMED,
-        "actions": pa.list_(TEXT),
-        "excluded": pa.list_(pa.struct({"action": TEXT, "reason": TEXT})),
-        "shares": pa.binary(),
-        "propensity": pa.float64(),
-        "chosen": pa.int32(),
-        "pass_probability": pa.float64(),
-        "body": pa.binary(),
-        "body_hash": pa.binary(16),
-        "request_hash": pa.binary(16),
-    }
-)
-"""Columns of decisions.parquet: the fields of `bandits.events.Decision`."""
-
-REWARDS = pa.schema(
-    {
-        "schema_version": pa.int16(),
-        "tenant": NAMED,
-        "decision_id": TEXT,
-        "name": NAMED,
-        "event_id": TEXT,
-        "observed_at_ns": pa.int64(),
-        "received_at_ns": pa.int64(),
-        "value": pa.float64(),
-    }
-)
-"""Columns of rewards.parquet: the fields of `bandits.events.Reward`."""
-
 
 class EventWriter:
     """Checks rows and writes decisions.parquet, rewards.parquet, log.parquet and report.json into a folder that must be new.
@@ -92,7 +60,6 @@ class EventWriter:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"found {folder} already there, and not empty; expected a new folder: name another one")
         self.folder = folder.resolve()
-        self.part = self.folder.with_name(self.folder.name + ".part")
         self.naming, self.report, self.estimated = naming, report, estimated
         self._pending: list[Row] = []
         self._bytes = 0
@@ -104,13 +71,14 @@ class EventWriter:
         self._labels: dict[str, None] = {}
         self._columns: dict[Names, tuple[str, bool]] | None = None
         self._lacks = dict.fromkeys(("vectors", "rewards", "units", "times"), 0)
-        self._misfits, self._sessions = 0, False
+        self._misfits, self._deferred, self._sessions = 0, 0, False
+        self._gaps: dict[str, int] = {}
 
     def __enter__(self) -> EventWriter:
-        shutil.rmtree(self.part, ignore_errors=True)
-        self.part.mkdir(parents=True)
-        self._decisions = _parquet(self.part / "decisions.parquet", DECISIONS)
-        self._rewards = _parquet(self.part / "rewards.parquet", REWARDS)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.part = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}-", dir=self.folder.parent))
+        self._decisions = parquet_writer(self.part / "decisions.parquet", DECISIONS)
+        self._rewards = parquet_writer(self.part / "rewards.parquet", REWARDS)
         self._log: pq.ParquetWriter | None = None
         return self
 
@@ -137,6 +105,7 @@ class EventWriter:
             _sync(path)
         if self.folder.exists():
             self.folder.rmdir()
+        self.part.chmod(0o755)
         self.part.rename(self.folder)
         _sync(self.folder.parent)
 
@@ -257,7 +226,7 @@ class EventWriter:
         if not sound:
             return bad
         vectors, total = vectors[good], total[good]
-        integers = quantise_rows(vectors / total[:, None], np.ones(vectors.shape, dtype=np.bool_), explore=False)
+        integers = nearest_shares(vectors / total[:, None])
         taken = integers[np.arange(len(sound)), [rows[place].chosen for place in sound]] / TOTAL
         self.report.largest_change = max(self.report.largest_change, float(np.abs(integers / TOTAL - vectors).max()))
         stated = np.array([propensities[place] for place in sound])
@@ -278,8 +247,8 @@ class EventWriter:
         units = [row.unit or row.session or row.decision_id for row in rows]
         columns: dict[str, Any] = {
             "schema_version": pa.repeat(SCHEMA_VERSION, n).cast(pa.int16()),
-            "tenant": _constant(naming.tenant, n),
-            "decision_point": _constant(naming.decision_point, n),
+            "tenant": constant(naming.tenant, n),
+            "decision_point": constant(naming.decision_point, n),
             "decision_id": [row.decision_id for row in rows],
             "decided_at_ns": [row.decided_at_ns or 0 for row in rows],
             "unit": units,
@@ -303,7 +272,7 @@ class EventWriter:
                 for row, unit in zip(rows, units, strict=True)
             ],
         }
-        table = _table(columns, DECISIONS)
+        table = table_of(columns, DECISIONS)
         self._decisions.write_table(table)
         self.report.decisions += n
         self.report.kinds.update(row.kind for row in rows)
@@ -313,6 +282,7 @@ class EventWriter:
         self._lacks["units"] += sum(row.unit is None for row in rows)
         self._sessions = self._sessions or any(row.session is not None for row in rows)
         self._lacks["times"] += sum(row.decided_at_ns is None for row in rows)
+        self._deferred += sum(row.deferred for row in rows)
         learnable = [row.kind == "sampled" and row.reward is not None for row in rows]
         if any(learnable):
             self._write_log([row for row, kept in zip(rows, learnable, strict=True) if kept], table.filter(pa.array(learnable)))
@@ -324,15 +294,15 @@ class EventWriter:
         times = [time for _, _, time, _ in outcomes]
         columns = {
             "schema_version": pa.repeat(SCHEMA_VERSION, n).cast(pa.int16()),
-            "tenant": _constant(self.naming.tenant, n),
+            "tenant": constant(self.naming.tenant, n),
             "decision_id": [id_ for id_, _, _, _ in outcomes],
-            "name": _constant(self.naming.reward, n),
+            "name": constant(self.naming.reward, n),
             "event_id": [event for _, event, _, _ in outcomes],
             "observed_at_ns": times,
             "received_at_ns": times,
             "value": [value for _, _, _, value in outcomes],
         }
-        self._rewards.write_table(_table(columns, REWARDS))
+        self._rewards.write_table(table_of(columns, REWARDS))
         self.report.rewards += n
 
     def _write_log(self, rows: Sequence[Row], decisions: pa.Table) -> None:
@@ -348,7 +318,7 @@ class EventWriter:
             "eligible": decisions["actions"],
             "reward": pa.array([row.reward for row in rows], pa.float64()),
             "propensity": decisions["propensity"],
-            "propensities": _vectors(decisions["shares"]),
+            "propensities": vectors_of(decisions["shares"]),
             "sample_weight": pa.array([1 / row.pass_probability for row in rows], pa.float64()),
         }
         if self._columns is None:
@@ -356,9 +326,10 @@ class EventWriter:
         values: dict[Names, list[Any]] = {(): [row.context for row in rows]}
         for path, (name, number) in self._columns.items():
             columns[name] = self._context_column(at(path, values), number)
+            self._gaps[name] = self._gaps.get(name, 0) + columns[name].null_count
         table = pa.table(columns)
         if self._log is None:
-            self._log = _parquet(self.part / "log.parquet", table.schema)
+            self._log = parquet_writer(self.part / "log.parquet", table.schema)
         self._log.write_table(table)
         self.report.rows += len(rows)
 
@@ -396,7 +367,7 @@ class EventWriter:
         known: dict[str, Any] = {"labels": list(self._labels), "eligible": "eligible", "sample_weight": "sample_weight"}
         if not self._lacks["vectors"]:
             known |= {"propensities": "propensities", "by_eligible": True}
-        if self._sessions or not self._lacks["units"]:
+        if self._sessions or self._lacks["units"] < self.report.decisions:
             known["cluster"] = "unit"
         if self.estimated:
             known["propensity_estimated"] = True
@@ -415,6 +386,19 @@ class EventWriter:
         for name, count in self._lacks.items():
             if count and total:
                 report.missing[name] = f"{'All' if count == total else f'{count:,} of {total:,}'} decisions lack {says[name]}."
+        numbers = {name for name, number in (self._columns or {}).values() if number}
+        empty = [name for name, gaps in self._gaps.items() if gaps == report.rows]
+        report.usable = [
+            name
+            for name in report.context
+            if name != self.naming.unit and name not in empty and not (name in numbers and self._gaps[name])
+        ]
+        if empty and self.naming.context is not None:
+            report.notes.append(f"No decision has {', '.join(empty)}: check the names in --context.")
+        if self.naming.unit is not None and 0 < report.decisions == self._lacks["units"]:
+            report.notes.append(f"No decision has the unit {self.naming.unit}: check the name in --unit.")
+        if self._deferred:
+            report.notes.append(f"{self._deferred:,} decisions say DeferredAction without _skipLearn: imported as sampled.")
         if self._misfits:
             report.notes.append(
                 f"{self._misfits:,} context values were no numbers in a column of numbers: left empty in log.parquet."
@@ -435,34 +419,6 @@ def _number(value: Any) -> bool:
 
 def _shown(vector: Sequence[float]) -> str:
     return f"[{', '.join(f'{p:g}' for p in vector[:8])}{', ...' if len(vector) > 8 else ''}]"
-
-
-def _vectors(shares: pa.ChunkedArray) -> pa.Array:
-    """Probabilities of each row's shares; null where they are unknown."""
-    column = shares.combine_chunks()
-    _, ends, data = column.buffers()
-    offsets = np.frombuffer(ends, dtype=np.int32)[column.offset : column.offset + len(column) + 1] // 4
-    flat = np.frombuffer(data or b"", dtype="<u4")[: offsets[-1]] / TOTAL
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), mask=pa.array(np.diff(offsets) == 0))
-
-
-def _parquet(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """A writer; what hardly ever repeats is not looked up in dictionaries."""
-    unique = ("decision_id", "body", "body_hash", "request_hash", "shares")
-    repeated = [name for name in schema.names if name not in unique]
-    return pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=repeated, write_statistics=repeated)
-
-
-def _constant(text: str, n: int) -> pa.Array:
-    return pa.DictionaryArray.from_arrays(pa.repeat(0, n).cast(pa.int32()), pa.array([text]))
-
-
-def _table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
-    arrays = [
-        columns[name].cast(kind) if isinstance(columns[name], pa.Array) else pa.array(columns[name], kind)
-        for name, kind in zip(schema.names, schema.types, strict=True)
-    ]
-    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def _sync(path: Path) -> None:

@@ -47,8 +47,8 @@ def test_the_report_in_words(source: Path, tmp_path: Path) -> None:
         "- All decisions lack units: each event stands for itself, so intervals are too narrow where users come back.",
         f"decisions.parquet, log.parquet, report.json, rewards.parquet in {tmp_path / 'events'}",
         f"3 rows can be evaluated: propel ope --log {tmp_path / 'events' / 'log.parquet'} --policy uniform "
-        "--context Guest.age,Guest.tier,slot.size",
-    ]
+        "--context Guest.age,Guest.tier",
+    ]  # slot.size is a number that lines without slots lack
 
 
 def test_the_report_as_json_is_that_in_the_folder(source: Path, tmp_path: Path) -> None:
@@ -124,11 +124,30 @@ def test_an_error_in_the_middle_leaves_no_folder(source: Path, tmp_path: Path, m
     assert [path.name for path in tmp_path.iterdir()] == ["log.dsjson"]
 
 
-def test_what_an_earlier_run_left_when_it_was_killed_is_no_hindrance(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "events.part").mkdir()
-    (tmp_path / "events.part" / "decisions.parquet").write_text("half")
+def test_files_of_others_beside_the_folder_stay(source: Path, tmp_path: Path) -> None:
+    for name in ("events.part", "log.dsjson.part", "back.dsjson.part"):
+        (tmp_path / name).write_text("mine")
     assert run("import", source, "--to", tmp_path / "events").exit_code == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["events", "log.dsjson"]
+    assert run("export", tmp_path / "events", "--to", tmp_path / "back.dsjson").exit_code == 0
+    there = ["back.dsjson", "back.dsjson.part", "events", "events.part", "log.dsjson", "log.dsjson.part"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == there
+    assert (tmp_path / "back.dsjson.part").read_text() == "mine"
+
+
+def test_a_short_file_that_was_cut_is_imported_up_to_there(source: Path, tmp_path: Path) -> None:
+    whole = gzip.compress(b"".join(encoded(single(f"e{i}")) for i in range(200)))
+    (tmp_path / "cut.dsjson.gz").write_bytes(whole[: len(whole) // 2])
+    result = run("import", tmp_path / "cut.dsjson.gz", "--to", tmp_path / "cut", "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert 10 < report["decisions"] < 200
+    assert report["problems"]["truncated"]["lines"] == [report["decisions"] + 1]
+
+
+def test_options_of_tables_are_refused_for_other_formats(source: Path, tmp_path: Path) -> None:
+    result = run("import", source, "--to", tmp_path / "events", "--split", "a=0.5,b=0.5")
+    assert result.exit_code == 2
+    assert "options of an exposure table for dsjson" in result.stderr
 
 
 def test_the_format_is_found_out(source: Path, tmp_path: Path) -> None:
@@ -152,7 +171,7 @@ def test_what_cannot_be_read_is_2(source: Path, tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("action,p\na,0.5\n")
     for path, more, says in (
         (tmp_path / "none", (), "no such file; expected a log: check the path"),
-        (tmp_path / "cut.gz", (), "ends or breaks at once"),
+        (tmp_path / "cut.gz", (), "give --format"),
         (tmp_path / "log.txt", (), "give --format"),
         (tmp_path, (), "expected a folder such as random/all"),
         (tmp_path / "table.csv", (), "propel propensities"),

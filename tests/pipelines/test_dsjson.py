@@ -165,7 +165,7 @@ FAULTS: list[tuple[str, Any, str]] = [
     ("json", encoded(single()).replace(b"41", b"1" + b"0" * 5000), "out of range"),
     ("json", encoded(single()).replace(b"41", b"1e999"), "out of range"),
     ("json", encoded(single()).replace(b"41", b"[" * 100_000 + b"]" * 100_000), "recursion"),
-    ("field", single(Version=1), "$.Version"),
+    ("field", single(Version=[1]), "$.Version"),
     ("field", [1, 2], "array"),
     ("field", single(a=3), "$.a"),
     ("field", single(_label_Action="2"), "_label_Action"),

@@ -18,8 +18,9 @@ from ope.nuisance import cross_fit_reward
 from ope.simulate import World, sample_actions, softmax
 from pipelines import evaluate as module
 from pipelines import log_file, policies
-from pipelines.evaluate import evaluate_file
+from pipelines.evaluate import bounds_of_file, evaluate_file
 from pipelines.frame import ColumnMap, to_log
+from pipelines.propensities import bounds_table
 
 N, K = 3000, 4
 WORLD = World.random(d=2, k=K, seed=3)
@@ -252,3 +253,22 @@ def test_one_row_is_a_log(tmp_path: Path) -> None:
     report = evaluate_file(path, "uniform", ColumnMap(cluster="user"), interval=Normal(), k=2)
     assert report.log.n == 1
     assert report.refused
+
+
+@pytest.mark.parametrize("weight", [None, "kept"])
+@pytest.mark.parametrize("reward", ["reward", "x"])
+def test_bounds_from_sums_by_reward_are_those_of_the_rows(case: Case, tmp_path: Path, reward: str, weight: str | None) -> None:
+    """With rewards 0 and 1 two sums tell everything; with rewards that all differ nothing is saved, and nothing changes."""
+    path, columns = tmp_path / "log.parquet", ColumnMap(reward=reward, sample_weight=weight)
+    case.frame.write_parquet(path)
+    log = to_log(case.frame, columns, "here")
+    for policy, target in (
+        ("policy", case.target),
+        ("scalar", case.frame["scalar"].to_numpy()),
+        ("uniform", np.full((N, K), 1 / K)),
+    ):
+        found, expected = bounds_of_file(path, policy, columns), bounds_table(log, target)
+        assert [one.gamma for one in found] == [1.0, 1.5, 2.0, 3.0]
+        np.testing.assert_allclose(
+            [(one.low, one.high) for one in found], [(one.low, one.high) for one in expected], rtol=1e-10, atol=1e-12
+        )

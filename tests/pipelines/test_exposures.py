@@ -99,7 +99,7 @@ FAULTS = [
     ("time", "a,0.5,1,u1,inf", "'inf'"),
     ("time", "a,0.5,1,u1,nan", "'nan'"),
     ("time", "a,0.5,1,u1,1e999999999", "'1e999999999'"),
-    ("time", "a,0.5,1,u1,1683356889000", "seconds, not milliseconds"),
+    ("time", "a,0.5,1,u1,100000000000000000000", "between 1678 and 2262"),
     ("id", "a,0.5,1," + "u" * 129 + ",0", "1 to 128"),
     ("csv", "a,0.5,1", "3 fields; expected 5"),
     ("csv", "a,0.5,1,u,1,0", "6 fields; expected 5"),
@@ -335,3 +335,19 @@ def test_estimated_propensities_are_at_most_caution(tmp_path: Path) -> None:
     verdicts = [ope(one.folder / "log.parquet", "--estimators", "IPS")["IPS"]["verdict"] for one in (logged, estimated)]
     assert verdicts == ["trust", "caution"]
     assert "at most caution" in estimated.report.missing["propensities"]
+
+
+def test_times_in_parts_of_a_second_are_told_by_their_size(tmp_path: Path) -> None:
+    times = ["1683356889", "1683356889000", "1683356889000000", "1683356889000000000", "1683356889.5"]
+    found = import_table(csv(tmp_path, "action,p,time", *[f"a,1,{time}" for time in times]), Exposures(propensity="p", time="time"))
+    assert [decision.decided_at_ns for decision in found.decisions] == [1683356889 * 10**9] * 4 + [1683356889 * 10**9 + 5 * 10**8]
+
+
+def test_outcomes_may_be_true_and_false(tmp_path: Path) -> None:
+    found = import_table(csv(tmp_path, "action,p,ok", "a,1,true", "a,1,FALSE"), Exposures(propensity="p", reward="ok"))
+    assert pl.read_parquet(found.folder / "log.parquet")["reward"].to_list() == [1.0, 0.0]
+
+
+def test_a_split_in_per_cent_is_told_what_to_do() -> None:
+    with pytest.raises(InputError, match="divide the percentages by 100"):
+        Exposures(split={"a": 50.0, "b": 50.0})
