@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 LIBGOMP := sh -c 'test "$$(id -u)" = 0 && { apt-get install -y libgomp1 || { apt-get update && apt-get install -y libgomp1; }; }'
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test static tests bench-ope bench-bandits clean
+.PHONY: demo test static tests bench-ope bench-bandits bench-logs clean
 
 demo: .venv/.demo
 	$(BIN)/propel demo
@@ -27,6 +27,9 @@ bench-ope: .venv/.demo
 
 bench-bandits: .venv/.demo
 	$(BIN)/python -m benchmarks.bandits
+
+bench-logs: .venv/.demo
+	$(BIN)/python -m benchmarks.logs
 
 clean:
 	rm -rf .venv propel-demo .mypy_cache .ruff_cache .hypothesis .import_linter_cache

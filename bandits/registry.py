@@ -1,13 +1,15 @@
 """What is served and why: artifacts, one promoted pointer per decision point, and a ledger that only grows.
 
 A folder with `control.sqlite`, the signing key and the artifacts. Every change of a pointer is one line of the ledger, chained to
-the line before by its hash and signed, in the same transaction; the pointers are what the ledger says.
+the line before by its hash and signed, in the same transaction; the pointers are what the ledger says. `ledger.head` holds, signed,
+where the ledger ended, so that lines missing at its end are noticed.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from bandits.artifact import (
+    MANIFEST,
     Artifact,
     Limits,
     Manifest,
@@ -29,6 +32,7 @@ from bandits.artifact import (
     parse_manifest,
     sync_folder,
     write_artifact,
+    write_durably,
 )
 from bandits.batch import DecisionBatch
 from bandits.decision_point import DecisionPoint
@@ -50,6 +54,10 @@ Action = Literal["promote", "rollback", "freeze", "unfreeze"]
 
 GENESIS = "0" * 64
 """What the first line of a ledger is chained to."""
+
+
+class DamageError(InputError):
+    """What a registry wrote is not there as it was written."""
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,9 +84,21 @@ class Pointer(msgspec.Struct, frozen=True):
     frozen: bool
 
 
+class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the ledger ended when its last change was done."""
+
+    line: int
+    hash: str
+    signature: str
+    """Of line and hash, in hex."""
+
+
 @dataclass(frozen=True, slots=True)
 class Registry:
-    """A folder of artifacts and its control database. Made at first use; safe for several processes."""
+    """A folder of artifacts and its control database. Made at first use; safe for several processes.
+
+    Raises DamageError, an InputError, where the database is lost, or cannot be read, while other files of the registry are there.
+    """
 
     folder: Path
     clock: Callable[[], int] = field(default=time.time_ns)
@@ -87,10 +107,32 @@ class Registry:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "artifacts").mkdir(exist_ok=True)
-        with self._write() as connection:
-            if connection.pragma("user_version") == 0:
-                connection.execute(SCHEMA)
-                connection.execute("INSERT INTO keys VALUES (?, ?)", (_new_key(self.folder / "signing.key"), self.clock()))
+        if self._read("PRAGMA user_version") == [(0,)]:
+            with self._write() as connection:
+                if connection.pragma("user_version") == 0:
+                    if self._remains():
+                        raise DamageError(
+                            f"{self._database}: found an empty database beside {self._remains()[0]}; "
+                            "expected the one that belongs to it: restore it from a backup"
+                        )
+                    connection.execute(SCHEMA)
+                    connection.execute("INSERT INTO keys VALUES (?, ?)", (_new_key(self.folder / "signing.key"), self.clock()))
+        if (found := self._read("PRAGMA user_version")) != [(1,)]:
+            raise InputError(f"{self._database}: found version {found[0][0]}; expected 1: use the propel that wrote it")
+        if not self._remains() and not self._last()[0] and not self.listed():
+            self._write_head()
+
+    @property
+    def _database(self) -> Path:
+        return self.folder / "control.sqlite"
+
+    @property
+    def _head(self) -> Path:
+        return self.folder / "ledger.head"
+
+    def _remains(self) -> list[str]:
+        """What only a registry that was in use can have beside its database."""
+        return sorted(str(each) for each in (*(self.folder / "artifacts").iterdir(), self._head) if each.exists())
 
     def register(
         self,
@@ -131,10 +173,23 @@ class Registry:
         """Where an artifact lies."""
         return self.folder / "artifacts" / digest
 
-    def manifests(self) -> dict[str, Manifest]:
-        """Of all listed artifacts, by digest, oldest first."""
-        rows = self._read("SELECT digest FROM artifacts ORDER BY registered_ns, digest")
-        return {digest: parse_manifest((self.path(digest) / "manifest.json").read_bytes(), digest) for (digest,) in rows}
+    def listed(self) -> dict[str, str]:
+        """Decision points of all listed artifacts, by digest, oldest first."""
+        return dict(self._read("SELECT digest, decision_point FROM artifacts ORDER BY registered_ns, digest"))
+
+    def manifest(self, digest: str) -> Manifest:
+        """Of one artifact; its other files are not read. Raises InputError that names the check that failed."""
+        path = self.path(digest)
+        try:
+            status = os.lstat(path / MANIFEST)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > self.limits.file_bytes:
+                raise InputError(f"{path}: folder check: found {MANIFEST} that is no plain file of at most the size allowed")
+            raw = (path / MANIFEST).read_bytes()
+        except OSError as error:
+            raise InputError(f"{path}: folder check: {error.strerror}; expected the folder of an artifact") from None
+        if digest_of(raw) != digest:
+            raise InputError(f"{path}: digest check: found a manifest of digest {digest_of(raw)}; expected {digest}")
+        return parse_manifest(raw, str(path))
 
     def pointer(self, decision_point: str) -> Pointer:
         """What is served at a decision point; nothing at one that was never promoted to."""
@@ -147,18 +202,21 @@ class Registry:
         return {point: Pointer(digest, bool(frozen)) for point, digest, frozen in rows}
 
     def promote(self, digest: str, *, who: str, why: str, estimate: dict[str, Any] | None = None) -> Entry:
-        """Serve an artifact at its decision point, after it passed every check. Raises InputError where that is frozen."""
+        """Serve an artifact that passes every check. Raises InputError where its decision point is frozen, or serves it already."""
         artifact = self.load(digest)
         return self._change("promote", artifact.manifest.decision_point, artifact.digest, who, why, estimate)
 
     def rollback(self, decision_point: str, *, who: str, why: str, to: str | None = None) -> Entry:
         """Serve again what was served before, or `to`. Raises InputError where nothing was, and where it is frozen."""
+        self._check_known(decision_point)
         served = self._served(decision_point)
         target = self.find(to) if to is not None else served[-2] if len(served) > 1 else None
         if target is None or target not in served[:-1]:
             found = "nothing that was served before" if target is None else f"{target[:16]}, which did not lead to what is served"
+            before = ", ".join(each[:16] for each in served[-6:-1]) or "there is none"
             raise InputError(
-                f"decision point {decision_point!r}: found {found}; expected an earlier artifact: see `propel policy list`"
+                f"decision point {decision_point!r}: found {found}; expected one served before, newest last: {before}; "
+                "to serve any other artifact, such as a newer one, use `propel policy promote`"
             )
         self.load(target)
         return self._change("rollback", decision_point, target, who, why, None)
@@ -169,53 +227,103 @@ class Registry:
         for entry in self.ledger():
             if entry.decision_point == decision_point and entry.to_digest is not None:
                 if entry.action == "rollback":
-                    served = served[: served.index(entry.to_digest) + 1]
-                else:
+                    served = served[: len(served) - 1 - served[-2::-1].index(entry.to_digest)]
+                elif served[-1:] != [entry.to_digest]:
                     served.append(entry.to_digest)
         return served
 
     def freeze(self, decision_point: str, *, who: str, why: str, frozen: bool = True) -> Entry:
-        """Refuse every change of a decision point until it is unfrozen."""
+        """Refuse every change until it is unfrozen. Raises InputError for an unknown decision point, or one so already."""
+        self._check_known(decision_point)
         return self._change("freeze" if frozen else "unfreeze", decision_point, None, who, why, None)
 
+    def _check_known(self, decision_point: str) -> None:
+        """Raise InputError for a decision point without an artifact: a typo must not look like a change."""
+        known = sorted({*self.listed().values(), *self.pointers()})
+        if decision_point not in known:
+            listed = ", ".join(known) or "none is known yet"
+            raise InputError(f"found no artifact of decision point {decision_point!r}; expected one of: {listed}")
+
     def ledger(self) -> list[Entry]:
-        """All lines, oldest first."""
-        return [msgspec.json.decode(raw, type=Entry) for (raw,) in self._read("SELECT entry FROM ledger ORDER BY line")]
+        """All lines, oldest first. Raises DamageError where one cannot be read."""
+        rows = self._read("SELECT entry FROM ledger ORDER BY line")
+        try:
+            return [msgspec.json.decode(raw, type=Entry) for (raw,) in rows]
+        except ValueError as error:  # of msgspec, too
+            raise DamageError(f"{self._database}: found a ledger line that is none ({error}): `propel policy verify`") from None
+
+    def ledger_lines(self) -> int:
+        """How many lines the ledger has, good or not."""
+        return int(self._read("SELECT COUNT(*) FROM ledger")[0][0])
 
     def verify(self) -> list[str]:
-        """What is wrong: lines whose chain or signature breaks, pointers the ledger does not explain, artifacts that fail."""
-        wrong: list[str] = []
+        """What is wrong, in words; nothing where all is as it was written. Raises DamageError where the database cannot be read.
+
+        Noticed are lines of the ledger whose chain or signature breaks, lines missing at its end (it must continue `ledger.head`),
+        pointers that the ledger does not explain, artifacts that are no longer listed though they are served, or
+        were and still have their folder, and listed ones that fail a check or belong to another decision point. Not noticed:
+        older versions of control.sqlite and ledger.head that somebody put back together, what the signing key itself
+        signed, and a whole registry replaced, its key included; against these, keep the public key
+        and the last line's hash on another machine.
+        """
         previous, state = GENESIS, dict[str, Pointer]()
         key = self.public_key()
-        for number, (line, raw, hash_, signature) in enumerate(
-            self._read("SELECT line, entry, hash, signature FROM ledger ORDER BY line"), 1
-        ):
+        rows = self._read("SELECT line, entry, hash, signature FROM ledger ORDER BY line")
+        for number, (line, raw, hash_, signature) in enumerate(rows, 1):
             try:
                 entry = msgspec.json.decode(raw, type=Entry)
                 key.verify(signature, hash_.encode())
                 good = (line, entry.line, entry.previous, hash_) == (number, number, previous, digest_of(raw))
-            except (InvalidSignature, msgspec.MsgspecError):
+            except (InvalidSignature, msgspec.MsgspecError, ValueError):
                 good = False
             if not good:
                 return [f"ledger line {number}: found a line that is not the one that was written; nothing after it can be trusted"]
             previous, state[entry.decision_point] = hash_, _after(entry, state.get(entry.decision_point, Pointer(None, False)))
-        pointers = self.pointers()
+        pointers, fault = self.pointers(), self._head_fault()
+        wrong = [] if fault is None else [fault]
         wrong += [
-            f"decision point {point!r}: found {pointers.get(point)}; expected {state.get(point)}, as in the ledger"
+            f"decision point {point!r}: found {_words(pointers.get(point))}; expected {_words(state.get(point))}, as in the ledger"
             for point in sorted(pointers.keys() | state.keys())
             if pointers.get(point) != state.get(point)
         ]
-        for (digest,) in self._read("SELECT digest FROM artifacts ORDER BY registered_ns, digest"):
+        return wrong + self._unlisted() + self._failing()
+
+    def _unlisted(self) -> list[str]:
+        """Artifacts that the registry should list: those served, and those of the ledger whose folder was not pruned."""
+        listed, pointers = self.listed(), self.pointers()
+        needed = {pointer.digest: f"is served at {point!r}" for point, pointer in pointers.items() if pointer.digest is not None}
+        for entry in self.ledger():
+            if entry.to_digest is not None and self.path(entry.to_digest).exists():
+                needed.setdefault(entry.to_digest, f"was served at {entry.decision_point!r} and has a folder")
+        return [
+            f"artifact {digest[:16]}: found it not listed, though it {why}; restore the registry from a backup"
+            for digest, why in needed.items()
+            if digest not in listed
+        ]
+
+    def _failing(self) -> list[str]:
+        """Listed artifacts that do not load, or are signed for another decision point."""
+        wrong = []
+        for digest, point in self.listed().items():
             try:
-                self.load(digest)
+                signed = self.load(digest).manifest.decision_point
             except InputError as error:
                 wrong.append(str(error))
+                continue
+            if signed != point:
+                wrong.append(f"artifact {digest[:16]}: found it listed for {point!r}; expected {signed!r}, as in its manifest")
         return wrong
 
     def prune(self, keep: int) -> list[str]:
-        """Delete artifacts that are neither served, nor among the last `keep` listed, nor served last before now; their digests."""
-        kept = {digest for point in self.pointers() for digest in self._served(point)[-2:]}
-        listed = [digest for (digest,) in self._read("SELECT digest FROM artifacts ORDER BY registered_ns, digest")]
+        """Delete artifacts that are neither served, nor among the last `keep` listed, nor served last before now; their digests.
+
+        Raises DamageError where lines of the ledger are missing: what it explains can then not be told.
+        """
+        self._check_head()
+        pointers = self.pointers()
+        kept = {digest for point in pointers for digest in self._served(point)[-2:]}
+        kept |= {pointer.digest for pointer in pointers.values() if pointer.digest is not None}
+        listed = list(self.listed())
         gone = [digest for digest in listed[: max(0, len(listed) - keep)] if digest not in kept]
         with self._write() as connection:
             connection.executemany("DELETE FROM artifacts WHERE digest = ?", [(digest,) for digest in gone])
@@ -224,8 +332,13 @@ class Registry:
         return gone
 
     def public_key(self) -> Ed25519PublicKey:
-        """What signatures are checked with."""
-        return Ed25519PublicKey.from_public_bytes(self._read("SELECT public_key FROM keys ORDER BY since_ns DESC LIMIT 1")[0][0])
+        """What signatures are checked with. Raises DamageError where the database has none."""
+        rows = self._read("SELECT public_key FROM keys ORDER BY since_ns DESC LIMIT 1")
+        try:
+            return Ed25519PublicKey.from_public_bytes(rows[0][0])
+        except (IndexError, ValueError):
+            found = f"a public key of {len(rows[0][0])} bytes" if rows else "no public key"
+            raise DamageError(f"{self._database}: found {found}; expected one of 32 bytes: restore it from a backup") from None
 
     def _change(self, action: Action, point: str, digest: str | None, who: str, why: str, estimate: dict[str, Any] | None) -> Entry:
         """A line of the ledger and the pointer that it moves, in one transaction."""
@@ -235,21 +348,73 @@ class Registry:
         key = self._signing_key()
         with self._write() as connection:
             before = self.pointer(point)
+            moved = action in ("promote", "rollback")
+            if action == "unfreeze" and not before.frozen:
+                raise InputError(f"decision point {point!r} is not frozen; expected a frozen one: there is nothing to lift")
+            if action == "freeze" and before.frozen:
+                raise InputError(f"decision point {point!r} is frozen already; expected one that is not: there is nothing to do")
             if before.frozen and action != "unfreeze":
                 raise InputError(
                     f"decision point {point!r} is frozen; expected `propel policy freeze --off` first, by whoever froze it"
                 )
-            last = self._read("SELECT line, hash FROM ledger ORDER BY line DESC LIMIT 1") or [(0, GENESIS)]
-            moved = action in ("promote", "rollback")
+            if moved and digest == before.digest:
+                raise InputError(
+                    f"decision point {point!r}: found {digest[:16] if digest else digest} served already; "
+                    "expected another artifact: there is nothing to do"
+                )
+            self._check_head()
+            line, previous = self._last()
             entry = Entry(
-                line=last[0][0] + 1, at_ns=self.clock(), who=who, action=action, decision_point=point,
-                from_digest=before.digest if moved else None, to_digest=digest, why=why, estimate=estimate, previous=last[0][1],
+                line=line + 1, at_ns=self.clock(), who=who, action=action, decision_point=point,
+                from_digest=before.digest if moved else None, to_digest=digest, why=why, estimate=estimate, previous=previous,
             )  # fmt: skip
             raw = canonical(msgspec.to_builtins(entry))
             after, hash_ = _after(entry, before), digest_of(raw)
             connection.execute("INSERT INTO ledger VALUES (?, ?, ?, ?)", (entry.line, raw, hash_, key.sign(hash_.encode())))
             connection.execute("INSERT OR REPLACE INTO pointers VALUES (?, ?, ?)", (point, after.digest, int(after.frozen)))
+        try:
+            self._write_head()
+        except (InputError, OSError) as error:
+            raise InputError(
+                f"ledger line {entry.line} is written and in force, but ledger.head is not: found {error}; "
+                "expected to write it: do not repeat this change, the next one writes it"
+            ) from None
         return entry
+
+    def _last(self) -> tuple[int, str]:
+        """Number and hash of the ledger's last line."""
+        rows = self._read("SELECT line, hash FROM ledger ORDER BY line DESC LIMIT 1")
+        return (int(rows[0][0]), str(rows[0][1])) if rows else (0, GENESIS)
+
+    def _write_head(self) -> None:
+        """Sign where the ledger ends now. The write lock keeps a slower process from setting it back."""
+        key, new = self._signing_key(), self._head.with_suffix(".new")
+        with self._write():
+            line, hash_ = self._last()
+            new.unlink(missing_ok=True)
+            write_durably(new, canonical({"line": line, "hash": hash_, "signature": key.sign(_head_bytes(line, hash_)).hex()}))
+            new.rename(self._head)
+            sync_folder(self.folder)
+
+    def _head_fault(self) -> str | None:
+        """What is wrong with `ledger.head`, or with a ledger that does not continue it."""
+        key, expected = self.public_key(), "restore the registry from a backup"
+        try:
+            head = msgspec.json.decode(self._head.read_bytes(), type=Head)
+            key.verify(bytes.fromhex(head.signature), _head_bytes(head.line, head.hash))
+        except (OSError, InvalidSignature, ValueError) as error:
+            found = error.strerror if isinstance(error, OSError) else "a file that this registry's key did not sign"
+            return f"{self._head}: found {found}; expected where the ledger ended: {expected}"
+        if (lines := self.ledger_lines()) < head.line:
+            return f"{self._head}: found {lines} lines in the ledger; expected {head.line} or more, its end is missing: {expected}"
+        if head.line and self._read("SELECT hash FROM ledger WHERE line = ?", (head.line,)) != [(head.hash,)]:
+            return f"{self._head}: found another line {head.line}; expected the one of hash {head.hash[:16]}: {expected}"
+        return None
+
+    def _check_head(self) -> None:
+        """Raise DamageError where the ledger does not continue its head: a new line would hide that others are missing."""
+        if (fault := self._head_fault()) is not None:
+            raise DamageError(fault)
 
     def _signing_key(self) -> Ed25519PrivateKey:
         path = self.folder / "signing.key"
@@ -257,35 +422,57 @@ class Registry:
             if path.stat().st_mode & 0o077:
                 raise InputError(f"{path}: found a key that others can read; expected mode 0600: make a new registry, or chmod 600")
             return Ed25519PrivateKey.from_private_bytes(path.read_bytes())
+        except InputError:
+            raise
         except (OSError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
             raise InputError(f"{path}: found no signing key ({error}); this registry can be read, not changed") from None
 
     @contextmanager
     def _write(self) -> Iterator[apsw.Connection]:
         """A transaction that holds the one write lock from its start, durable when it ends."""
-        connection = _connect(self.folder / "control.sqlite")
-        try:
+        with _open(self._database) as connection:
             connection.execute("BEGIN IMMEDIATE")
             yield connection
             connection.execute("COMMIT")
-        finally:
-            connection.close()  # rolls back what was not committed
 
     def _read(self, statement: str, bindings: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-        connection = _connect(self.folder / "control.sqlite")
-        try:
+        with _open(self._database) as connection:
             return connection.execute(statement, bindings).fetchall()
-        finally:
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[apsw.Connection]:
+    """A connection, closed at the end, which rolls back what was not committed.
+
+    Raises DamageError for a database that cannot be read, InputError where it is locked or the disk refuses.
+    """
+    connection = None
+    try:
+        connection = apsw.Connection(str(path))
+        connection.set_busy_timeout(10_000)
+        connection.pragma("synchronous", "FULL")
+        yield connection
+    except (apsw.NotADBError, apsw.CorruptError, apsw.SQLError, UnicodeDecodeError) as error:
+        raise DamageError(f"{path}: found {error}; expected the control database of a registry: restore it from a backup") from None
+    except apsw.BusyError:
+        raise InputError(f"{path}: found it locked for 10 s; expected a turn to write: try again, or end what holds it") from None
+    except apsw.Error as error:
+        raise InputError(f"{path}: found {error}; expected to read and write it: see to its permissions and disk") from None
+    finally:
+        if connection is not None:
             connection.close()
 
 
-def _connect(path: Path) -> apsw.Connection:
-    connection = apsw.Connection(str(path))
-    connection.set_busy_timeout(10_000)
-    connection.pragma("synchronous", "FULL")
-    return connection
+def _head_bytes(line: int, hash_: str) -> bytes:
+    """What the signature of `ledger.head` signs."""
+    return canonical({"line": line, "hash": hash_})
+
+
+def _words(pointer: Pointer | None) -> str:
+    """A pointer as messages name it."""
+    if pointer is None:
+        return "no pointer"
+    return f"{pointer.digest[:16] if pointer.digest else 'nothing'} served, {'frozen' if pointer.frozen else 'not frozen'}"
 
 
 def _after(entry: Entry, before: Pointer) -> Pointer:

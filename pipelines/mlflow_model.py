@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,6 +25,21 @@ NOT_IN_NAMES = re.compile(r"[^\w. /-]+")
 
 TRUST = "trust.json"
 """Digest of the artifact, and the public key that it was signed for."""
+
+
+KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+"""What JSON calls the values that Python reads from it."""
+
+METRICS = ("value", "stderr", "low", "high", "ess")
+"""Numbers of a record that become metrics; None where they were withheld."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,15 +71,14 @@ def export_model(registry: Registry, digest: str, folder: Path, report: Sequence
 
     `MLmodel` and `data/` are what `mlflow.pyfunc.load_model` reads; `metrics.json` and `params.json` are flat, as
     `mlflow.log_metrics` and `mlflow.log_params` take them; `report.json` holds the records themselves.
-    Raises InputError where the artifact fails a check or the folder is already there.
+    The folder appears whole or not at all. Raises InputError where the artifact fails a check, the report is no list of records or
+    the folder is already there.
     """
+    records = estimate_records(list(report), "report")
     if folder.exists():
         raise InputError(f"found {folder} already there; expected a new folder: name another one")
     artifact = registry.load(digest)
     manifest = artifact.manifest
-    data = folder / "data"
-    data.mkdir(parents=True)
-    shutil.copytree(registry.path(artifact.digest), data / artifact.digest)
     trust = {"digest": artifact.digest, "public_key": registry.public_key().public_bytes_raw().hex()}
     about = {"name": manifest.name, "decision_point": manifest.decision_point, "digest": artifact.digest}
     loading = {"loader_module": __name__, "data": "data", "python_version": ".".join(map(str, sys.version_info[:3]))}
@@ -74,15 +90,42 @@ def export_model(registry: Registry, digest: str, folder: Path, report: Sequence
     }
     metrics = {
         NOT_IN_NAMES.sub("_", f"{record['estimator']}.{key}"): record[key]
-        for record in report
-        for key in ("value", "stderr", "low", "high", "ess")
+        for record in records
+        for key in METRICS
         if record.get(key) is not None
     }
-    _write(data / TRUST, trust)
-    _write(folder / "MLmodel", description)  # JSON is YAML
-    _write(folder / "params.json", about | {"parent": manifest.parent})
-    _write(folder / "metrics.json", metrics)
-    _write(folder / "report.json", list(report))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
+    try:
+        model = scratch / "model"  # not the scratch folder itself, which nobody else may read
+        data = model / "data"
+        data.mkdir(parents=True)
+        shutil.copytree(registry.path(artifact.digest), data / artifact.digest)
+        _write(data / TRUST, trust)
+        _write(model / "MLmodel", description)  # JSON is YAML
+        _write(model / "params.json", about | {"parent": manifest.parent})
+        _write(model / "metrics.json", metrics)
+        _write(model / "report.json", records)
+        model.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def estimate_records(found: Any, source: str) -> list[dict[str, Any]]:
+    """The records of a report, as `Report.to_records` and `propel ope --json` give them. Raises InputError for anything else."""
+    expected = "expected a list of objects, each with 'estimator', as `propel ope --json` writes it"
+    if not isinstance(found, list):
+        raise InputError(f"{source}: found {KINDS.get(type(found), 'no list')}; {expected}")
+    for number, record in enumerate(found, 1):
+        if not isinstance(record, Mapping) or not isinstance(record.get("estimator"), str):
+            kind = "an object without 'estimator'" if isinstance(record, Mapping) else KINDS.get(type(record), "no object")
+            raise InputError(f"{source}: found {kind} as record {number}; {expected}")
+        for key in METRICS:
+            value = record.get(key)
+            number_like = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if value is not None and not number_like:
+                raise InputError(f"{source}: found {str(value)[:40]!r} as {key!r} of record {number}; expected a number or null")
+    return [dict(record) for record in found]
 
 
 def _load_pyfunc(path: str) -> Model:

@@ -30,7 +30,9 @@ from pipelines.terminal import (
 )
 
 if TYPE_CHECKING:
-    from bandits.registry import Entry, Registry
+    from collections.abc import Mapping
+
+    from bandits.registry import Entry, Pointer, Registry
 
 policy_app = typer.Typer(name="policy", help="Learn policies from a log, compare them, and carry them.", no_args_is_help=True)
 
@@ -106,17 +108,7 @@ def list_policies(registry: RegistryFolder = Path("registry"), as_json: AsJsonOb
     with bad_input():
         store = _registry(registry)
         pointers = store.pointers()
-        rows: list[dict[str, Any]] = [
-            {
-                "digest": digest,
-                "name": manifest.name,
-                "decision_point": manifest.decision_point,
-                "serving": pointers[manifest.decision_point].digest == digest if manifest.decision_point in pointers else False,
-                "frozen": pointers[manifest.decision_point].frozen if manifest.decision_point in pointers else False,
-                "parent": manifest.parent,
-            }
-            for digest, manifest in store.manifests().items()
-        ]
+        rows = [_row(store, digest, point, pointers) for digest, point in store.listed().items()]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
@@ -124,7 +116,8 @@ def list_policies(registry: RegistryFolder = Path("registry"), as_json: AsJsonOb
         typer.echo(f"No artifact in {registry}.")
     for row in rows:
         marks = " serving" * row["serving"] + " frozen" * row["frozen"]
-        typer.echo(f"{row['digest'][:16]}  {row['decision_point']}  {row['name']}{marks}")
+        damaged = "" if row["damaged"] is None else f" damaged: {row['damaged']}"
+        typer.echo(f"{row['digest'][:16]}  {row['decision_point']}  {row['name'] or '(no name)'}{marks}{damaged}")
 
 
 @policy_app.command()
@@ -135,7 +128,7 @@ def show(digest: Digest, registry: RegistryFolder = Path("registry"), as_json: A
 
         store = _registry(registry)
         found = store.find(digest)
-        manifest = msgspec.to_builtins(store.manifests()[found])
+        manifest = msgspec.to_builtins(store.manifest(found))
         lines = [msgspec.to_builtins(entry) for entry in store.ledger() if found in (entry.from_digest, entry.to_digest)]
     if as_json:
         typer.echo(json.dumps({"digest": found, "manifest": manifest, "ledger": lines}, indent=2))
@@ -162,7 +155,7 @@ def promote(
 ) -> None:
     """Serve an artifact at its decision point, once it has passed every check."""
     with bad_input():
-        justified = None if estimate is None else {"records": _json_file(estimate)}
+        justified = None if estimate is None else {"records": _records(estimate)}
         _say(_registry(registry).promote(digest, who=who, why=why, estimate=justified), as_json)
 
 
@@ -198,9 +191,15 @@ def freeze(
 def verify(registry: RegistryFolder = Path("registry"), as_json: AsJsonObject = False) -> None:
     """Check the ledger's chain, the pointers it explains and every artifact. Exit codes: 0 all well, 3 something is wrong."""
     with bad_input():
-        store = _registry(registry)
-        wrong, ledger = store.verify(), store.ledger()
-    head = ledger[-1].line if ledger else 0
+        from bandits.registry import DamageError
+
+        head = 0
+        try:
+            store = _registry(registry)
+            head = store.ledger_lines()
+            wrong = store.verify()
+        except DamageError as error:
+            wrong = [str(error)]
     if as_json:
         typer.echo(json.dumps({"wrong": wrong, "ledger_lines": head}, indent=2))
     else:
@@ -220,7 +219,7 @@ def export(
     with bad_input():
         from pipelines.mlflow_model import export_model
 
-        export_model(_registry(registry), digest, to, () if report is None else _json_file(report))
+        export_model(_registry(registry), digest, to, () if report is None else _records(report))
         typer.echo(f"MLmodel, data, params.json, metrics.json and report.json in {to}")
 
 
@@ -236,13 +235,40 @@ def prune(
     typer.echo(json.dumps(gone) if as_json else f"{len(gone)} artifacts deleted.")
 
 
-def _json_file(path: Path) -> Any:
+def _row(store: Registry, digest: str, point: str, pointers: Mapping[str, Pointer]) -> dict[str, Any]:
+    """What `list` says of an artifact. One that is damaged is marked, so that it hides no other."""
     from ope.data import InputError
 
+    name = parent = damaged = None
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        manifest = store.manifest(digest)
+        name, parent = manifest.name, manifest.parent
+    except InputError as error:
+        damaged = str(error).removeprefix(f"{store.path(digest)}: ")
+    return {
+        "digest": digest,
+        "name": name,
+        "decision_point": point,
+        "serving": any(pointer.digest == digest for pointer in pointers.values()),
+        "frozen": pointers[point].frozen if point in pointers else False,
+        "parent": parent,
+        "damaged": damaged,
+    }
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """Estimates in a file. Raises InputError unless it holds at least one, as `propel ope --json` writes them."""
+    from ope.data import InputError
+    from pipelines.mlflow_model import estimate_records
+
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: found {error}; expected JSON, as `propel ope --json` writes it") from None
+    records = estimate_records(found, str(path))
+    if not records:
+        raise InputError(f"{path}: found an empty list; expected estimates, as `propel ope --json` writes them")
+    return records
 
 
 def _registry(folder: Path) -> Registry:

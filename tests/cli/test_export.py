@@ -18,6 +18,7 @@ from bandits.policy import Floor
 from bandits.registry import Registry
 from ope.data import InputError
 from ope.simulate import World, softmax
+from pipelines import mlflow_model
 from propel import app
 
 POINT = """
@@ -74,7 +75,10 @@ def test_the_model_answers_as_the_policy_does(exported: tuple[Registry, str, Pat
 
 def test_what_mlflow_logs_is_flat(exported: tuple[Registry, str, Path]) -> None:
     _, digest, folder = exported
-    assert json.loads((folder / "metrics.json").read_text()) == {"DRos_5_.value": 0.5, "DRos_5_.stderr": 0.1}  # no number that was withheld, no name that is refused
+    assert json.loads((folder / "metrics.json").read_text()) == {
+        "DRos_5_.value": 0.5,
+        "DRos_5_.stderr": 0.1,
+    }  # no number that was withheld, no name that is refused
     params = json.loads((folder / "params.json").read_text())
     assert params == {"name": "monday", "decision_point": "route", "digest": digest, "parent": None}
     assert json.loads((folder / "report.json").read_text())[0]["n"] == 9
@@ -101,8 +105,41 @@ def test_requests_without_a_context_and_folders_that_are_there(exported: tuple[R
     assert "already there" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        ({"estimator": "DR"}, "found an object; expected a list of objects"),
+        ([{"value": 1.0}], "found an object without 'estimator' as record 1"),
+        ([{"estimator": "DR"}, 3], "found a number as record 2"),
+        ([{"estimator": "DR", "value": "high"}], "found 'high' as 'value' of record 1"),
+        ([], "found an empty list"),
+    ],
+)
+def test_a_report_that_is_none_leaves_nothing(exported: tuple[Registry, str, Path], tmp_path: Path, report: Any, said: str) -> None:
+    registry, digest, _ = exported
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    options = ["--registry", str(registry.folder), "--to", str(tmp_path / "model"), "--report", str(tmp_path / "report.json")]
+    result = CliRunner().invoke(app, ["policy", "export", digest, *options])
+    assert (result.exit_code, said in result.stderr) == (2, True)
+    assert [each.name for each in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_model_appears_whole_or_not_at_all(
+    exported: tuple[Registry, str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, digest, _ = exported
+    monkeypatch.setattr(mlflow_model, "_write", fail)
+    with pytest.raises(OSError, match="disk"):
+        mlflow_model.export_model(registry, digest, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def fail(path: Path, value: Any) -> None:
+    raise OSError("no space left on the disk")
+
+
 def test_prune_says_what_it_deleted(exported: tuple[Registry, str, Path]) -> None:
     registry, digest, _ = exported
     result = CliRunner().invoke(app, ["policy", "prune", "--keep", "1", "--registry", str(registry.folder), "--json"])
     assert (result.exit_code, json.loads(result.stdout)) == (0, [])
-    assert list(registry.manifests()) == [digest]
+    assert list(registry.listed()) == [digest]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,44 @@ def test_a_folder_without_a_registry_and_an_estimate_that_is_no_json(store: Any,
     (tmp_path / "estimate.json").write_text("{")
     result = run(store, "promote", store[1][0], "--who", "ops", "--why", "x", "--estimate", str(tmp_path / "estimate.json"))
     assert (result.exit_code, "expected JSON" in result.stderr) == (2, True)
+
+
+def test_an_estimate_is_a_list_of_records(tmp_path: Path) -> None:
+    store = registry(tmp_path / "registry", policies=1)
+    file = tmp_path / "estimate.json"
+    words = ("promote", store[1][0], "--who", "ops", "--why", "x", "--estimate", str(file))
+    file.write_text('{"value": 1}')
+    refused = run(store, *words)
+    assert (refused.exit_code, "estimate.json: found an object; expected a list" in refused.stderr) == (2, True)
+    assert store[0].ledger_lines() == 0
+    file.write_text('[{"estimator": "DR", "value": 0.4}]')
+    assert run(store, *words).exit_code == 0
+    assert store[0].ledger()[0].estimate == {"records": [{"estimator": "DR", "value": 0.4}]}
+
+
+def test_one_damaged_artifact_hides_no_other(tmp_path: Path) -> None:
+    store = registry(tmp_path, policies=3)
+    bad, gone, good = store[1]
+    manifest = store[0].path(bad) / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b"night-0", b"night-9"))
+    shutil.rmtree(store[0].path(gone))
+    rows = json.loads(run(store, "list", "--json").stdout)
+    assert [row["name"] for row in rows] == [None, None, "night-2"]
+    assert [str(row["damaged"]).split(":")[0] for row in rows] == ["digest check", "folder check", "None"]
+    assert "(no name) damaged: digest check" in run(store, "list").stdout
+    assert json.loads(run(store, "show", good, "--json").stdout)["manifest"]["name"] == "night-2"
+    refused = run(store, "show", bad)
+    assert (refused.exit_code, "digest check" in refused.stderr) == (2, True)
+
+
+def test_a_damaged_database_is_said_without_a_traceback(tmp_path: Path) -> None:
+    store = registry(tmp_path, policies=1)
+    execute(store[0], "DROP TABLE ledger")
+    database = tmp_path / "control.sqlite"
+    for content in (database.read_bytes(), bytes(range(256)) * 32, b""):
+        database.write_bytes(content)
+        verified = run(store, "verify", "--json")
+        assert (verified.exit_code, verified.stderr) == (3, "")
+        assert "control.sqlite: found" in json.loads(verified.stdout)["wrong"][0]
+        refused = run(store, "promote", store[1][0], "--who", "ops", "--why", "x")
+        assert (refused.exit_code, "control.sqlite: found" in refused.stderr) == (2, True)

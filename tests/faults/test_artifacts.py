@@ -11,6 +11,7 @@ import os
 import pickle
 import shutil
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -99,7 +100,7 @@ def test_thousand_mutants_of_bytes_are_refused(tmp_path):
     """Flips, cuts, additions and swaps in any file; none gets past digests and signature, so none is parsed."""
     original, rng = write(tmp_path / "good"), np.random.default_rng(22)
     contents = {name: (original / name).read_bytes() for name in (MANIFEST, SIGNATURE, *FORMATS)}
-    names, seen = sorted(contents), set()
+    names, seen = sorted(contents), Counter[str]()
     for mutant in range(1000):
         name = names[mutant % len(names)]
         content, kind = bytearray(contents[name]), mutant // len(names) % 4
@@ -118,9 +119,9 @@ def test_thousand_mutants_of_bytes_are_refused(tmp_path):
         for each, good in contents.items():
             (path / each).write_bytes(bytes(content) if each == name else good)
         with pytest.raises(InputError, match=r"(digest|signature) check") as refusal:
-            read_verified(path, KEY.public_key(), original.name)
-        seen.add(str(refusal.value).split(" check")[0].rsplit(" ", 1)[-1])
-    assert seen == {"digest", "signature"}
+            load(path)
+        seen[str(refusal.value).split(" check")[0].rsplit(" ", 1)[-1]] += 1
+    assert seen == {"digest": 800, "signature": 200}  # one file of five is the signature
 
 
 def link(path: Path, name: str) -> None:
