@@ -74,7 +74,10 @@ def csv_of(path: Path) -> Path:
     folder = (path if path.is_dir() else path.parent).resolve()
     table = folder / (f"{folder.name}.csv" if path.is_dir() else path.name)
     if not table.is_file():
-        raise InputError(f"found no {table}; expected a folder such as random/all with all.csv in it, or that file")
+        raise InputError(
+            f"found no {table}; expected a folder such as random/all with all.csv in it, or that "
+            "file: folders are read as the Open Bandit Dataset"
+        )
     return table
 
 
