@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from bandits.batch import DecisionBatch
 from bandits.decision_point import Actions
+from bandits.durable import sync, write_durably
 from bandits.events import canonical, check_id
 from bandits.features import FeatureSchema
 from bandits.forms import Form, from_form, read_arrays, to_bytes, to_form, write_arrays
@@ -132,9 +133,9 @@ def write_artifact(
     try:
         for path, content in files.items():
             write_durably(scratch / path, content)
-        sync_folder(scratch)
+        sync(scratch)
         scratch.rename(target)
-        sync_folder(folder)
+        sync(folder)
     except OSError:
         shutil.rmtree(scratch, ignore_errors=True)
         if not target.exists():  # another process wrote the same bytes first
@@ -243,23 +244,6 @@ def build(files: Mapping[str, bytes]) -> Policy:
 def digest_of(raw: bytes) -> str:
     """BLAKE2b-256 in hex."""
     return hashlib.blake2b(raw, digest_size=32).hexdigest()
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """A new file whose bytes are on the disk before this returns."""
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Make names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_plain(path: Path, most: int) -> bytes:

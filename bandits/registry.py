@@ -30,12 +30,11 @@ from bandits.artifact import (
     digest_of,
     load_artifact,
     parse_manifest,
-    sync_folder,
     write_artifact,
-    write_durably,
 )
 from bandits.batch import DecisionBatch
 from bandits.decision_point import DecisionPoint
+from bandits.durable import sync, write_durably
 from bandits.events import canonical, check_id
 from bandits.policy import Policy
 from ope.data import InputError
@@ -394,7 +393,7 @@ class Registry:
             new.unlink(missing_ok=True)
             write_durably(new, canonical({"line": line, "hash": hash_, "signature": key.sign(_head_bytes(line, hash_)).hex()}))
             new.rename(self._head)
-            sync_folder(self.folder)
+            sync(self.folder)
 
     def _head_fault(self) -> str | None:
         """What is wrong with `ledger.head`, or with a ledger that does not continue it."""
@@ -491,5 +490,5 @@ def _new_key(path: Path) -> bytes:
             file.flush()
             os.fsync(descriptor)
         path.with_suffix(".new").rename(path)
-        sync_folder(path.parent)
+        sync(path.parent)
     return Ed25519PrivateKey.from_private_bytes(path.read_bytes()).public_key().public_bytes_raw()

@@ -6,6 +6,7 @@ import gzip
 import shlex
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -89,12 +90,10 @@ def kind_of(source: Path) -> Format:
 def _first_lines(source: Path) -> list[bytes]:
     """What can be read of the beginning of a file, gzip or not."""
     text = b""
-    with gzip.open(source) if source.suffix == ".gz" else source.open("rb") as stream:
-        try:
-            while len(text) < PEEK and (more := stream.read(1024)):
-                text += more
-        except (EOFError, zlib.error, gzip.BadGzipFile):
-            pass  # where it breaks is told, with the line's number, when it is imported
+    broken = suppress(EOFError, zlib.error, gzip.BadGzipFile)  # where it breaks is told, with the line's number, on import
+    with broken, gzip.open(source) if source.suffix == ".gz" else source.open("rb") as stream:
+        while len(text) < PEEK and (more := stream.read(1024)):
+            text += more
     return text.removeprefix(BOM).splitlines()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bandits.durable import sync
 from bandits.events import SCHEMA_VERSION, digest
 from bandits.sampling import TOTAL
 from ope.data import LARGEST, BoolArray, InputError
@@ -102,12 +102,12 @@ class EventWriter:
         self.report.files = sorted([*(path.name for path in self.part.iterdir()), "report.json"])
         (self.part / "report.json").write_text(json.dumps(self.report.to_record(), indent=2) + "\n")
         for path in (*self.part.iterdir(), self.part):
-            _sync(path)
+            sync(path)
         if self.folder.exists():
             self.folder.rmdir()
         self.part.chmod(0o755)
         self.part.rename(self.folder)
-        _sync(self.folder.parent)
+        sync(self.folder.parent)
 
     def add(self, item: Row | Outcome | Problem) -> None:
         """Take what a line of the source held."""
@@ -419,11 +419,3 @@ def _number(value: Any) -> bool:
 
 def _shown(vector: Sequence[float]) -> str:
     return f"[{', '.join(f'{p:g}' for p in vector[:8])}{', ...' if len(vector) > 8 else ''}]"
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from typer.testing import CliRunner
+
 from bandits.events import Decision, Reward
 from pipelines.exporters import read_decisions, read_rewards
 from pipelines.importers.events import ImportReport, Naming
 from pipelines.imports import import_log
+from propel import app
 
 
 class Imported(NamedTuple):
@@ -87,3 +90,10 @@ def import_file(source: Path, to: Path, naming: Naming | None = None, **options:
     if not report.files:
         return Imported(report, [], [], to)
     return Imported(report, list(read_decisions(to)), list(read_rewards(to)), to)
+
+
+def ope(log: Path, *options: str, code: int = 0) -> dict[str, dict[str, Any]]:
+    """Estimates of uniform on a log, by estimator."""
+    result = CliRunner().invoke(app, ["ope", "--log", str(log), "--policy", "uniform", "--json", *options])
+    assert result.exit_code == code, result.output
+    return {record["estimator"]: record for record in json.loads(result.stdout)}
