@@ -5,16 +5,15 @@ The service, the join and the learners read the same file.
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Literal
 
 import msgspec
 
 from bandits.events import Id, check_id
-from bandits.features import Boolean, Category, FeatureSchema, Hashed, Number
+from bandits.features import FeatureSchema
+from bandits.toml import parse_toml, read_toml
 from ope.data import InputError
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -124,58 +123,9 @@ class DecisionPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def read_decision_point(path: Path) -> DecisionPoint:
     """A decision point from a TOML file. Raises InputError that names file and key, and suggests the key that was meant."""
-    try:
-        return parse_decision_point(path.read_bytes(), str(path))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; expected a TOML file") from None
+    return read_toml(path, DecisionPoint)
 
 
 def parse_decision_point(text: bytes | str, source: str = "decision point") -> DecisionPoint:
     """A decision point from TOML text; `source` names it in errors."""
-    try:
-        return msgspec.toml.decode(text, type=DecisionPoint)
-    except msgspec.ValidationError as error:
-        raise InputError(f"{source}: {_explained(str(error))}") from None
-    except (msgspec.DecodeError, ValueError) as error:
-        raise InputError(f"{source}: found text that is not TOML ({error})") from None
-
-
-def _explained(message: str) -> str:
-    """msgspec's message in this house's words: the key by its path in the file, and the name that was probably meant."""
-    place = re.search(r" - at `\$?\.?(.*)`$", message)
-    key = place[1] if place else ""
-    what = message[: place.start()] if place else message
-    if what.startswith("Invalid enum value") or (what.startswith("Invalid value") and key.endswith(".type")):
-        return f"{key}: {what[0].lower()}{what[1:]}; expected one of {', '.join(_choices(key))}"
-    unknown = re.search(r"unknown field `(.*)`", what)
-    if unknown is None:
-        return f"{key}: {what}" if key else what
-    known = _known_keys(key)
-    closest = difflib.get_close_matches(unknown[1], known, 1, 0.5)
-    hint = f"; did you mean {closest[0]!r}?" if closest else ""
-    return f"{f'{key}: ' if key else ''}unknown key {unknown[1]!r}{hint}"
-
-
-def _choices(key: str) -> list[str]:
-    """What may stand at a key that takes one of several words."""
-    place, _, name = key.rpartition(".")
-    if name == "type":
-        return [str(struct.__struct_config__.tag) for struct in _structs(place)]
-    hints = [get_type_hints(struct).get(name) for struct in _structs(place)]
-    return [word for hint in hints for word in get_args(hint) if isinstance(word, str)]
-
-
-def _known_keys(place: str) -> list[str]:
-    """Keys that may stand at a place of the file, such as `rewards[0]`."""
-    structs = _structs(place)
-    keys = [name for struct in structs for name in struct.__struct_fields__]
-    return [*keys, "type"] if len(structs) > 1 else keys
-
-
-def _structs(place: str) -> tuple[Any, ...]:
-    """What may stand at a place of the file."""
-    if place.startswith(("features.context", "features.action")):
-        return (Number, Boolean, Category, Hashed)
-    if place:
-        return ({"actions": Actions, "rewards": RewardRule, "features": FeatureSchema}[re.split(r"[.\[]", place)[0]],)
-    return (DecisionPoint,)
+    return parse_toml(text, DecisionPoint, source)
