@@ -15,6 +15,7 @@ from tempfile import NamedTemporaryFile
 from urllib.parse import quote
 
 import msgspec
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -120,12 +121,18 @@ class Lake:
         folder.mkdir(parents=True, exist_ok=True)
         low, high = _range(rows, id_column)
         with _scratch(folder) as part:
-            with pq.ParquetWriter(part, rows.schema, compression="zstd", compression_level=1, use_dictionary=_repeated(rows)) as writer:
+            with pq.ParquetWriter(
+                part, rows.schema, compression="zstd", compression_level=1, use_dictionary=_repeated(rows)
+            ) as writer:
                 writer.write_table(rows, row_group_size=ROW_GROUP)
             sync(part)
             with pq.ParquetFile(part, pre_buffer=False) as file:
                 again = file.read()
-            if again.num_rows != rows.num_rows or _range(again, id_column) != (low, high) or _fingerprint(again) != _fingerprint(rows):
+            if (
+                again.num_rows != rows.num_rows
+                or _range(again, id_column) != (low, high)
+                or _fingerprint(again) != _fingerprint(rows)
+            ):
                 raise LakeError(f"{folder}: what was read back is not what was written; check the disk")
             sha256 = file_digest(part)
             path = folder / f"{bucket:04d}-{sha256[:32]}.parquet"
@@ -133,9 +140,7 @@ class Lake:
             part.rename(path)
         sync(folder)
         self._verified.add(sha256)
-        return Entry(
-            table, point, day, bucket, str(path.relative_to(self.folder)), rows.num_rows, size, sha256, low, high, key
-        )
+        return Entry(table, point, day, bucket, str(path.relative_to(self.folder)), rows.num_rows, size, sha256, low, high, key)
 
     def read(self, entry: Entry, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows of a partition. Raises LakeError, naming the file, where it is not what was written."""
@@ -163,7 +168,9 @@ class Lake:
         try:
             found = file_digest(path) if path.stat().st_size == entry.bytes else ""
         except OSError as error:
-            raise LakeError(f"{path}: {error.strerror}; the manifest lists it: restore it, or go back to an older snapshot") from None
+            raise LakeError(
+                f"{path}: {error.strerror}; the manifest lists it: restore it, or go back to an older snapshot"
+            ) from None
         if found != entry.sha256:
             raise LakeError(
                 f"{path}: found {path.stat().st_size:,} bytes that are not those listed ({entry.bytes:,} bytes, SHA-256 "
@@ -267,7 +274,7 @@ def _fingerprint(rows: pa.Table) -> int:
         return 0
     frame = pl.from_arrow(rows)
     assert isinstance(frame, pl.DataFrame), "a table is a frame"
-    return int(frame.hash_rows(seed=0).bitwise_xor())
+    return int(np.bitwise_xor.reduce(frame.hash_rows(seed=0).to_numpy()))
 
 
 def _repeated(rows: pa.Table) -> list[str]:

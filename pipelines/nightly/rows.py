@@ -18,13 +18,18 @@ Columns are flat, so that any engine reads and sums them; here they become array
 | state.R | `pending`, `observed`, `default`, `conflict` (observations that contradict each other), `unknown` (no default) |
 | delay.R | nanoseconds from the decision to the first observation that counts; null without one |
 | events.R | observations that count |
-| early.R, late.R, refused.R, conflicts.R, reversed.R | observations before the decision but inside the clock tolerance (they count); after the window, or too early (they do not); outside the declared range; of an event id with several values; negative |
+| early.R | observations before the decision, but inside the clock tolerance: they count |
+| late.R | observations after the window, or too early: they do not count |
+| refused.R | observations outside the declared range: they do not count |
+| conflicts.R | event ids that came with several values |
+| reversed.R | observations that take back an earlier one |
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -114,12 +119,15 @@ class Rows:
 def read_rows(
     lake: Lake, entries: Sequence[Entry], point: DecisionPoint, *, k: int, segments: Sequence[str] = (), context: bool = True
 ) -> Rows:
-    """Joined rows of some partitions, in the order given. `k`: number of actions; shorter sets are padded. `context`: with features."""
+    """Joined rows of some partitions, in the order given.
+
+    `k`: number of actions; shorter sets are padded. `context`: with features.
+    """
     tables = [lake.read(entry, _wanted(lake, entry, context)) for entry in entries]
     table = pa.concat_tables(tables, promote_options="default")
     day = np.repeat(np.array([entry.day for entry in entries]), [one.num_rows for one in tables])
-    names = [f"x.{name}" for name in point.features.context_columns()] if context else []
-    features = point.features.action_columns() if context else []
+    names = [f"x.{name}" for name in point.features.context_columns] if context else []
+    features = point.features.action_columns if context else []
     shares = [_column(table, f"share.{j}", -1) for j in range(k)]
     eligible = np.stack([share >= 0 for share in shares], axis=1)
     return Rows(
@@ -149,12 +157,13 @@ def _wanted(lake: Lake, entry: Entry, context: bool) -> list[str] | None:
 
 def _outcome(table: pa.Table, name: str) -> Outcome:
     return Outcome(
-        value=_numbers(table, f"value.{name}"), state=_coded(table, f"state.{name}", STATES), delay=_numbers(table, f"delay.{name}"),
+        value=_numbers(table, f"value.{name}"), state=_coded(table, f"state.{name}", STATES),
+        delay=_numbers(table, f"delay.{name}"),
         counts={what: _numbers(table, f"{what}.{name}") for what in COUNTS},
     )  # fmt: skip
 
 
-def _numbers(table: pa.Table, name: str) -> NDArray[np.generic]:
+def _numbers(table: pa.Table, name: str) -> NDArray[Any]:
     """A column as an array; null is NaN."""
     return np.asarray(table[name].to_numpy())
 
@@ -170,7 +179,7 @@ def _texts(table: pa.Table, name: str) -> NDArray[np.object_]:
     """A text column as objects that repeat."""
     column = table[name].combine_chunks().dictionary_encode()
     names = np.array([*column.dictionary.to_pylist(), None], dtype=object)
-    return names[column.indices.fill_null(len(names) - 1).to_numpy(zero_copy_only=False)]
+    return np.asarray(names[column.indices.fill_null(len(names) - 1).to_numpy(zero_copy_only=False)])
 
 
 def _coded(table: pa.Table, name: str, words: Sequence[str]) -> IntArray:
@@ -178,5 +187,5 @@ def _coded(table: pa.Table, name: str, words: Sequence[str]) -> IntArray:
     return np.asarray(pc.index_in(table[name], pa.array(words)).to_numpy()).astype(np.int64)
 
 
-def _stacked(columns: Sequence[NDArray[np.generic]], n: int) -> FloatArray:
+def _stacked(columns: Sequence[NDArray[Any]], n: int) -> FloatArray:
     return np.stack(columns, axis=1).astype(np.float64, copy=False) if columns else np.empty((n, 0))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -170,24 +170,24 @@ class Settings:
 class Night:
     """A date, and when its night looks at the events."""
 
-    date: date
+    date: dt.date
     cutoff_ns: int
     """What closes later is not mature."""
 
     @classmethod
-    def of(cls, day: date, settings: Settings) -> Night:
+    def of(cls, day: dt.date, settings: Settings) -> Night:
         """The night of a date."""
         end = day_start_ns(day) + DAY_NS
         return cls(day, end + int(settings.file.join.cutoff_hours * 3600 * 10**9))
 
     def days(self, count: int) -> list[str]:
         """The last `count` days up to the date, oldest first, as ISO dates."""
-        return [(self.date - timedelta(days=back)).isoformat() for back in reversed(range(count))]
+        return [(self.date - dt.timedelta(days=back)).isoformat() for back in reversed(range(count))]
 
 
-def day_start_ns(day: date) -> int:
+def day_start_ns(day: dt.date) -> int:
     """Nanoseconds since 1970 at which a date begins, UTC."""
-    return int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()) * 10**9
+    return int(dt.datetime(day.year, day.month, day.day, tzinfo=dt.UTC).timestamp()) * 10**9
 
 
 def read_settings(path: Path) -> Settings:
@@ -200,7 +200,9 @@ def read_settings(path: Path) -> Settings:
         known = {feature.name for feature in point.features.context}
         for name in file.evaluate.segments:
             if name not in known and known:
-                raise InputError(f"{path}: evaluate.segments: found {name!r}; expected context features of {point.name}: {sorted(known)}")
+                raise InputError(
+                    f"{path}: evaluate.segments: found {name!r}; expected context features of {point.name}: {sorted(known)}"
+                )
     return Settings(file, points, folder)
 
 
