@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipelines import nightly_commands
 from pipelines.policy_commands import policy_app
 from pipelines.terminal import (
     ALL_REFUSED,
@@ -45,6 +46,8 @@ app = typer.Typer(
 )
 
 app.add_typer(policy_app)
+app.command()(nightly_commands.nightly)
+app.command()(nightly_commands.report)
 
 
 class IntervalKind(StrEnum):

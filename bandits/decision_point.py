@@ -71,10 +71,20 @@ class RewardRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Value of a decision without events once the window has closed; None leaves the row out."""
         return None if self.default == "unknown" else self.default
 
+    @property
+    def reversible(self) -> bool:
+        """Whether a negative event takes back an earlier one: so it is in a sum of what cannot be negative itself."""
+        return self.aggregation == "sum" and self.low >= 0
+
+    @property
+    def least(self) -> float:
+        """Smallest value of one event."""
+        return -self.high if self.reversible else self.low
+
     def check(self, value: float) -> float:
         """The value. Raises InputError where it lies outside the declared range or is no number."""
-        if type(value) not in (int, float) or not self.low <= value <= self.high:
-            raise InputError(f"reward {self.name!r}: found {value}; expected a number within [{self.low:g}, {self.high:g}]")
+        if type(value) not in (int, float) or not self.least <= value <= self.high:
+            raise InputError(f"reward {self.name!r}: found {value}; expected a number within [{self.least:g}, {self.high:g}]")
         return value
 
 

@@ -339,6 +339,10 @@ class Registry:
             found = f"a public key of {len(rows[0][0])} bytes" if rows else "no public key"
             raise DamageError(f"{self._database}: found {found}; expected one of 32 bytes: restore it from a backup") from None
 
+    def sign(self, data: bytes) -> bytes:
+        """Ed25519 signature of bytes by this registry's key. Raises InputError where the key cannot be read."""
+        return self._signing_key().sign(data)
+
     def _change(self, action: Action, point: str, digest: str | None, who: str, why: str, estimate: dict[str, Any] | None) -> Entry:
         """A line of the ledger and the pointer that it moves, in one transaction."""
         check_id("who", who)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -69,6 +69,8 @@ class Part:
     candidates: tuple[Candidate, ...]
     """The same ones, in the same order, in every part."""
     baseline: Target | None = None
+    closed: bool = False
+    """No cluster of the parts so far goes on in a later one: sums that wait in memory can be squared and let go."""
 
 
 class Grouping(Protocol):
@@ -135,53 +137,98 @@ def accumulate(
 def accumulate_parts(
     parts: Iterable[Part], n: int, *, block_seed: int | None = None, grouping: Grouping | None = None
 ) -> Accumulated:
-    """Sum the term columns of every candidate's estimators over the parts of a log of `n` rows, one part after the other.
+    """An `Accumulator` over the parts of a log of `n` rows, one part after the other. Raises what that raises."""
+    with threadpool_limits(1, "blas"):  # products of a chunk are too small to share: a second thread only waits, at full speed
+        sums = Accumulator(n, block_seed=block_seed, grouping=grouping)
+        for part in parts:
+            sums.add(part)
+        return sums.result()
+
+
+class Accumulator:
+    """Sums of the term columns of every candidate's estimators over a log of `n` rows that comes part by part.
 
     Rows of one cluster are summed before anything is squared, in a `grouping` (default: in memory). With a `block_seed`,
-    sums over the bootstrap's blocks are kept as well.
-    Raises DataError, its row counted over the whole log, for a target that is not a policy on this log.
+    sums over the bootstrap's blocks are kept as well. Several of them can be fed in one pass over the data; products are
+    small, so callers keep BLAS to one thread (`threadpoolctl.threadpool_limits(1, "blas")`).
     """
-    with threadpool_limits(1, "blas"):  # products of a chunk are too small to share: a second thread only waits, at full speed
-        return _accumulate(parts, n, block_seed, InMemory() if grouping is None else grouping)
 
+    def __init__(self, n: int, *, block_seed: int | None = None, grouping: Grouping | None = None):
+        self._n, self._rows, self._block_seed = n, 0, block_seed
+        self._lets_go = grouping is None and block_seed is None
+        self._grouping: Grouping = InMemory() if grouping is None else grouping
+        self._blocks = None if block_seed is None else _RandomBlocks(n, block_seed)
+        self._moments: Moments | None = None
+        self._named: list[tuple[str, Estimator]] = []
+        self._widths: list[int] = []
+        self._tallies: list[WeightTally] = []
+        self._log = LogTally(None)
+        self._clustered, self._open = False, False
 
-def _accumulate(parts: Iterable[Part], n: int, block_seed: int | None, grouping: Grouping) -> Accumulated:
-    blocks = None if block_seed is None else _RandomBlocks(n, block_seed)
-    moments: Moments | None = None
-    candidates: tuple[Candidate, ...] = ()
-    widths: list[int] = []
-    tallies: list[WeightTally] = []
-    log = LogTally(None)
-    k: int | None = None
-    clustered, first_row = False, 0
-    for part in parts:
-        width = width_of(part.data, part.candidates, part.baseline)
-        if not tallies:
-            tallies = [WeightTally(n, [one for one in c.estimators if isinstance(one, Transforming)]) for c in part.candidates]
-            k, log = width, LogTally(width)
-        elif width != k:
-            raise DataError("target", f"{width} actions", f"{k}, as in earlier rows", "Use one set of actions.", row=first_row)
-        candidates, clustered = part.candidates, part.data.cluster is not None
+    def add(self, part: Part) -> None:
+        """Take the next rows. Raises DataError, its row counted over the whole log, for a target that is not a policy on it."""
+        self._begin(part, width_of(part.data, part.candidates, part.baseline))
+        self._clustered = part.data.cluster is not None
         try:
-            for rows, columns, widths in _columns(part, tallies, log):  # noqa: B007
+            for rows, columns, widths in _columns(part, self._tallies, self._log):
+                self._widths = widths
                 if part.data.cluster is not None:
-                    grouping.add(ClusterSums.of(columns, part.data.cluster[rows]))
+                    self._grouping.add(ClusterSums.of(columns, part.data.cluster[rows]))
+                    self._open = True
                     continue
-                found = Moments.of(columns)
-                moments = found if moments is None else moments + found
-                if blocks is not None:
-                    blocks.add(columns)
+                self._add(Moments.of(columns))
+                if self._blocks is not None:
+                    self._blocks.add(columns)
         except DataError as error:
-            raise error.shifted(first_row) from None
-        first_row += part.data.n
-    clusters = None
-    sums = np.zeros((0, 0)) if blocks is None else blocks.sums
-    if clustered:
-        moments, clusters, sums = _over_clusters(grouping, block_seed)
-    if moments is None or first_row != n:
-        raise InputError(f"found parts of {first_row:,} rows in all; expected {n:,}")
-    checks = log.checks(*_last_column(moments), clusters, _spread(moments) / log.squares if clustered else 1.0)
-    return _accumulated(candidates, widths, Stack((), moments, sums, clustered), tuple(tallies), checks)
+            raise error.shifted(self._rows) from None
+        self._rows += part.data.n
+        if part.closed and self._lets_go and self._open:
+            self._close()
+
+    def result(self) -> Accumulated:
+        """The sums of all rows taken. Raises InputError where these are not `n` rows."""
+        if self._rows != self._n or not self._rows:
+            raise InputError(f"found parts of {self._rows:,} rows in all; expected {self._n:,}")
+        if self._open:
+            self._close()
+        moments, blocks = self._moments, np.zeros((0, 0)) if self._blocks is None else self._blocks.sums
+        assert moments is not None, "rows without moments"
+        clusters, spread = (moments.n, _spread(moments) / self._log.squares) if self._clustered else (None, 1.0)
+        checks = self._log.checks(*_last_column(moments), clusters, spread)
+        parts = parts_of([(label, one, width) for (label, one), width in zip(self._named, self._widths, strict=True)])
+        means = Stack(tuple(p for p in parts if isinstance(p.estimator, WeightMean)), moments, blocks, self._clustered)
+        stack = replace(means, parts=tuple(p for p in parts if not isinstance(p.estimator, WeightMean)))
+        return Accumulated(stack, means, tuple(self._tallies), checks)
+
+    def _begin(self, part: Part, width: int | None) -> None:
+        if not self._tallies:
+            self._named = _names(part.candidates)
+            self._tallies = [
+                WeightTally(self._n, [one for one in each.estimators if isinstance(one, Transforming)]) for each in part.candidates
+            ]
+            self._log = LogTally(width)
+        elif width != self._log.k:
+            raise DataError(
+                "target", f"{width} actions", f"{self._log.k}, as in earlier rows", "Use one set of actions.", row=self._rows
+            )
+
+    def _add(self, moments: Moments) -> None:
+        self._moments = moments if self._moments is None else self._moments + moments
+
+    def _close(self) -> None:
+        """Square the sums of the clusters that wait, and sum them over the bootstrap's blocks if it is asked for."""
+        kept = []
+        for group in self._grouping.groups():
+            self._add(group.moments())
+            if self._block_seed is not None:
+                kept.append(group)
+        if self._lets_go:
+            self._grouping = InMemory()
+        if self._block_seed is not None:
+            every = ClusterSums.of(np.concatenate([one.total for one in kept]), np.concatenate([one.cluster for one in kept]))
+            self._blocks = _RandomBlocks(len(every.total), self._block_seed)
+            self._blocks.add(every.total)
+        self._open = False
 
 
 def _columns(part: Part, tallies: Sequence[WeightTally], log: LogTally) -> Iterator[tuple[slice, FloatArray, list[int]]]:
@@ -211,24 +258,6 @@ def _last_column(moments: Moments) -> tuple[float, float]:
 def _spread(moments: Moments) -> float:
     """Sum of the squared weights of clusters: over that of rows, by how much a sum over wholly dependent rows varies more."""
     return float(moments.cross[-1, -1] + moments.n * moments.mean[-1] ** 2)
-
-
-def _over_clusters(grouping: Grouping, block_seed: int | None) -> tuple[Moments, int, FloatArray]:
-    """Moments with clusters as rows, their number, and their sums over the bootstrap's blocks if it is asked for."""
-    moments: Moments | None = None
-    kept = []
-    for group in grouping.groups():
-        found = group.moments()
-        moments = found if moments is None else moments + found
-        if block_seed is not None:
-            kept.append(group)
-    assert moments is not None, "clusters of a log without rows"
-    if block_seed is None:
-        return moments, moments.n, np.zeros((0, 0))
-    every = ClusterSums.of(np.concatenate([one.total for one in kept]), np.concatenate([one.cluster for one in kept]))
-    blocks = _RandomBlocks(moments.n, block_seed)
-    blocks.add(every.total)
-    return moments, moments.n, blocks.sums
 
 
 class _RandomBlocks:
@@ -338,21 +367,10 @@ def _chunks(part: Part) -> Iterator[slice]:
         yield slice(start, min(start + size, data.n))
 
 
-def _accumulated(
-    candidates: Sequence[Candidate], widths: Sequence[int], sums: Stack, tallies: tuple[WeightTally, ...], checks: LogChecks
-) -> Accumulated:
-    """Name the columns of `sums`: estimates in one stack, mean weights in another, both on the same moments."""
-    named = [
+def _names(candidates: Sequence[Candidate]) -> list[tuple[str, Estimator]]:
+    """Labels of the blocks of columns: `candidate`, or `candidate: estimator` where it has several, and its mean weight."""
+    return [
         (f"{candidate.label}: {estimator}" if len(candidate.estimators) > 1 else candidate.label, estimator)
         for candidate in candidates
         for estimator in (*candidate.estimators, WeightMean())
     ]
-    parts = parts_of([(label, estimator, width) for (label, estimator), width in zip(named, widths, strict=True)])
-    means = tuple(part for part in parts if isinstance(part.estimator, WeightMean))
-    estimates = tuple(part for part in parts if not isinstance(part.estimator, WeightMean))
-    return Accumulated(
-        Stack(estimates, sums.moments, sums.blocks, sums.clustered),
-        Stack(means, sums.moments, sums.blocks, sums.clustered),
-        tallies,
-        checks,
-    )

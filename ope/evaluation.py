@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ope.accumulate import Candidate, Grouping, Part, Target, accumulate_parts, as_target, checked_shapes
+from ope.accumulate import Accumulated, Candidate, Grouping, Part, Target, accumulate_parts, as_target, checked_shapes
 from ope.data import DataError, FloatArray, InputError, LoggedData
 from ope.diagnostics import Diagnostics, LogChecks, Thresholds, WeightTally, judge
 from ope.estimate import Estimate, Level
@@ -151,6 +151,18 @@ def evaluate_parts(
     verdicts = _Verdicts(sums.checks, weight, thresholds, baseline[0] if baseline else None, sums.weights[0])
     estimates = _estimates(sums.stack, choice, level, verdicts)
     return Report(estimates[: len(choice.asked)], weight, sums.checks)
+
+
+def estimates_of(
+    sums: Accumulated, choices: Sequence[Choice], *, level: float = 0.95, thresholds: Thresholds = DEFAULT_THRESHOLDS
+) -> tuple[tuple[Estimate, ...], ...]:
+    """Estimates of the value of every candidate of one pass: `choices[i].estimators`, which candidate i was summed with."""
+    ends = np.cumsum([0, *(len(choice.estimators) for choice in choices)])
+    return tuple(
+        _estimates(replace(sums.stack, parts=sums.stack.parts[start:end]), choice, level,
+                   _Verdicts(sums.checks, weight, thresholds, None, tally))
+        for choice, weight, tally, start, end in zip(choices, sums.diagnostics(), sums.weights, ends, ends[1:], strict=False)
+    )  # fmt: skip
 
 
 class _Verdicts(NamedTuple):

@@ -17,10 +17,11 @@ from numpy.typing import ArrayLike
 
 from ope.accumulate import Accumulated, Candidate, Target, accumulate, as_target
 from ope.data import FloatArray, InputError, IntArray, LoggedData, assign_folds
-from ope.diagnostics import Thresholds, judge
+from ope.diagnostics import Diagnostics, LogChecks, Thresholds, judge
 from ope.estimators import IPS, Estimator, estimator
 from ope.evaluation import check_candidate
 from ope.primitives.divergences import total_variation
+from ope.stack import Stack
 
 Tie = Literal["first", "last"]
 
@@ -57,6 +58,21 @@ class Shortlist:
     """P(at least one of the k is worth less than the threshold)."""
     violation: float
     """Expected share of the k that is worth less than the threshold."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fold:
+    """What `select_sums` needs of one fold: an estimate of each candidate, and last of the baseline, on the same rows."""
+
+    stack: Stack
+    weights: tuple[Diagnostics, ...]
+    """In the order of the estimates."""
+    checks: LogChecks
+
+    @classmethod
+    def of(cls, sums: Accumulated) -> Fold:
+        """Of a pass over the fold's rows, with one estimator for each candidate."""
+        return cls(sums.stack, tuple(sums.diagnostics()), sums.checks)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -178,13 +194,26 @@ def near_duplicates(
 
     Twins make the spread of a portfolio, and with it any Sharpe ratio, meaningless; one of them is enough.
     """
+    labels = list(targets)
+    return _twins(labels, order, mean_distances([targets[label] for label in labels]), tolerance)
+
+
+def mean_distances(targets: Sequence[FloatArray]) -> FloatArray:
+    """Mean total variation (m, m) between m policies (n, k) on the same rows."""
+    found = np.zeros((len(targets), len(targets)))
+    for i, j in combinations(range(len(targets)), 2):
+        found[i, j] = found[j, i] = float(np.mean(total_variation(targets[i], targets[j])))
+    return found
+
+
+def _twins(labels: Sequence[str], order: Iterable[str], distances: FloatArray, tolerance: float) -> dict[str, tuple[str, float]]:
     kept: list[str] = []
     found: dict[str, tuple[str, float]] = {}
     for label in order:
-        distances = {twin: float(np.mean(total_variation(targets[label], targets[twin]))) for twin in kept}
-        twin = min(distances, key=distances.__getitem__, default=None)
-        if twin is not None and distances[twin] < tolerance:
-            found[label] = (twin, distances[twin])
+        near = {twin: float(distances[labels.index(label), labels.index(twin)]) for twin in kept}
+        twin = min(near, key=near.__getitem__, default=None)
+        if twin is not None and near[twin] < tolerance:
+            found[label] = (twin, near[twin])
         else:
             kept.append(label)
     return found
@@ -221,21 +250,50 @@ def select(
         if target.ndim != 2:
             raise InputError(f"candidate {label!r}: found shape {target.shape}; expected whole vectors (n, k)")
         check_candidate(data, Candidate(label, target, (kind,), q), baseline)
-    parts = halves(data, seed)
-    folds = [_fold(data, targets, q, kind, baseline, rows) for rows in parts]
-    labels = list(targets)
-    blocked = _blocked(labels, folds[0])
-    values_a, values_b = (sums.stack.values() for sums in folds)
-    order = [labels[i] for i in ranking(values_a[:-1]) if labels[i] not in blocked]
-    twins = near_duplicates(targets, order, tolerance=tolerance)
+    rows_a, rows_b = halves(data, seed)
+    fold_a, fold_b = (Fold.of(_fold(data, targets, q, kind, baseline, rows)) for rows in (rows_a, rows_b))
+    return select_sums(
+        list(targets), fold_a, fold_b, mean_distances([target[rows_a] for target in targets.values()]), by=kind,
+        threshold=threshold, sizes=sizes, tolerance=tolerance, draws=draws, seed=seed,
+    )  # fmt: skip
+
+
+def select_sums(
+    labels: Sequence[str],
+    fold_a: Fold,
+    fold_b: Fold,
+    distances: FloatArray,
+    *,
+    by: str | Estimator = "DR",
+    threshold: float | None = None,
+    sizes: Sequence[int] = (2, 3, 4, 5),
+    tolerance: float = 0.01,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> Selection:
+    """`select` from sums: m candidates in the order of `labels`, and last the baseline, with one estimate each.
+
+    `distances` (m, m): mean total variation between candidates on fold A. Raises InputError for other numbers of estimates.
+    """
+    m = len(labels)
+    if {len(fold_a.stack.parts), len(fold_b.stack.parts)} != {m + 1} or distances.shape != (m, m):
+        raise InputError(
+            f"found {m} labels, {len(fold_a.stack.parts)} and {len(fold_b.stack.parts)} estimates, distances {distances.shape}; "
+            "expected an estimate for each label and the baseline, and a distance for each pair of labels"
+        )
+    blocked = _blocked(labels, fold_a)
+    values_a, values_b = fold_a.stack.values(), fold_b.stack.values()
+    ranked = [i for i, label in enumerate(labels) if label not in blocked]
+    order = [labels[ranked[i]] for i in ranking(values_a[ranked])]
+    twins = _twins(labels, order, distances, tolerance)
     kept = [label for label in order if label not in twins]
-    chosen = [*(labels.index(label) for label in kept), len(labels)]
-    values, covariance = values_b[chosen], folds[1].stack.covariance()[np.ix_(chosen, chosen)]
+    chosen = [*(labels.index(label) for label in kept), m]
+    values, covariance = values_b[chosen], fold_b.stack.covariance()[np.ix_(chosen, chosen)]
     possible = np.random.default_rng(seed).multivariate_normal(values, covariance, size=draws, method="eigh")
     shortlists = tuple(_shortlist(kept, possible, k, threshold) for k in sizes if 2 <= k <= len(kept))
     return Selection(
-        estimator=str(kind), ranking=tuple(kept), duplicates=twins, blocked=blocked,
-        doubtful=_doubtful(labels, folds[1], kept),
+        estimator=str(estimator(by)), ranking=tuple(kept), duplicates=twins, blocked=blocked,
+        doubtful=_doubtful(labels, fold_b, kept),
         selected_on=values_a[chosen[:-1]], values=values[:-1],
         covariance=covariance, baseline=float(values[-1]), shortlists=shortlists, knee=_knee(shortlists),
     )  # fmt: skip
@@ -259,20 +317,20 @@ def halves(data: LoggedData, seed: int = 0) -> tuple[IntArray, IntArray]:
     return np.flatnonzero(fold == 0), np.flatnonzero(fold == 1)
 
 
-def _blocked(labels: Sequence[str], sums: Accumulated) -> dict[str, tuple[str, ...]]:
+def _blocked(labels: Sequence[str], fold: Fold) -> dict[str, tuple[str, ...]]:
     """Candidates with too few effective rows to be chosen by, whatever their rewards."""
     limit = Thresholds().ess
     return {
         label: (f"{weight.ess:,.0f} effective rows of {weight.n:,} on fold A; at least {limit:,.0f} are needed to choose by.",)
-        for label, weight in zip(labels, sums.diagnostics(), strict=False)
+        for label, weight in zip(labels, fold.weights, strict=False)
         if weight.ess < limit
     }
 
 
-def _doubtful(labels: Sequence[str], sums: Accumulated, kept: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def _doubtful(labels: Sequence[str], fold: Fold, kept: Sequence[str]) -> dict[str, tuple[str, ...]]:
     found = {}
-    for label, weight in zip(labels, sums.diagnostics(), strict=False):
-        verdict, reasons = judge(sums.checks, weight, Thresholds(), policy="candidate")
+    for label, weight in zip(labels, fold.weights, strict=False):
+        verdict, reasons = judge(fold.checks, weight, Thresholds(), policy="candidate")
         if label in kept and verdict == "refused":
             found[label] = reasons
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import altair as alt
@@ -15,6 +15,9 @@ from ope.selection import Shortlist
 
 COLOURS = {"DM": "#8a8a8a", "IPS": "#2b8cc4", "SNIPS": "#d9660a", "DR": "#0f9d78"}
 SHAPES = {"DM": "diamond", "IPS": "circle", "SNIPS": "square", "DR": "triangle-up"}
+OTHER = "#b0569c"
+"""Colour of an estimator that has none of its own."""
+
 WIDTH = 700
 
 
@@ -23,24 +26,38 @@ def forest(reports: Mapping[str, Report], baseline: float) -> str:
     rows = [
         {"policy": policy, **_point(report[name], name)} for policy, report in reports.items() for name in COLOURS if name in report
     ]
-    data, order = alt.Data(values=rows), list(reports)
-    y = alt.Y("policy:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=200))
-    place: dict[str, Any] = {"y": y, "yOffset": alt.YOffset("estimator:N", sort=list(COLOURS))}
-    colour = alt.Color("estimator:N", scale=_scale(COLOURS), legend=alt.Legend(orient="top", title=None))
-    shape = alt.Shape("estimator:N", scale=_scale(SHAPES), legend=alt.Legend(orient="top", title=None))
-    shown, refused = alt.datum.verdict != "refused", alt.datum.verdict == "refused"
-    base = alt.Chart(data)
-    bars = base.mark_rule(strokeWidth=2).encode(x=_x("low"), x2="high:Q", color=colour, **place).transform_filter(shown)
-    points = base.mark_point(filled=True, size=70, opacity=1).encode(x=_x("value"), color=colour, shape=shape, **place)
-    words = base.mark_text(align="left", color="currentColor", fontSize=10, dx=4).encode(
-        x=alt.datum(baseline), text=alt.value("refused"), **place
-    )
-    line = alt.Chart(alt.Data(values=[{"x": baseline}])).mark_rule(strokeDash=[4, 4], color="currentColor").encode(x="x:Q")
-    return _svg(
-        alt.layer(line, bars, points.transform_filter(shown), words.transform_filter(refused)).properties(
-            width=WIDTH, height=alt.Step(14)
-        )
-    )
+    return _svg(_forest(rows, _x, baseline, baseline))
+
+
+def night_forest(rows: Sequence[Mapping[str, Any]], unit: str, baseline: float | None) -> str:
+    """The same of a night's estimates: `policy`, `estimator`, `value`, `low`, `high`, `verdict`, `certified`; in their order.
+
+    Intervals with uncertified rows in are dashed. `unit` is the axis' title. Numbers of refused estimates are None.
+    """
+
+    def x(name: str) -> alt.X:
+        return alt.X(f"{name}:Q", title=unit, axis=alt.Axis(tickCount=7), scale=alt.Scale(zero=False))
+
+    ends = [row["low"] for row in rows if row["low"] is not None]
+    return _svg(_forest(rows, x, baseline, min(ends, default=0.0) if baseline is None else baseline))
+
+
+def maturity(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Share of decisions with a label by their age, a line per day (`day`, `age_seconds`, `labelled`); the last day is bold."""
+    unit, seconds = ("days", 86_400) if max(row["age_seconds"] for row in rows) >= 2 * 86_400 else ("hours", 3600)
+    last = max(row["day"] for row in rows)
+    data = [
+        {"day": row["day"], "age": row["age_seconds"] / seconds, "labelled": row["labelled"], "last": row["day"] == last}
+        for row in rows
+    ]
+    chart = alt.Chart(alt.Data(values=data)).mark_line(point=alt.OverlayMarkDef(size=12), color=COLOURS["IPS"]).encode(
+        x=alt.X("age:Q", title=f"age of the decision, {unit}"),
+        y=alt.Y("labelled:Q", title="share with a label", axis=alt.Axis(format="%"), scale=alt.Scale(zero=True)),
+        detail="day:N",
+        opacity=alt.condition("datum.last", alt.value(1), alt.value(0.3)),
+        strokeWidth=alt.condition("datum.last", alt.value(2.5), alt.value(1)),
+    )  # fmt: skip
+    return _svg(chart.properties(width=WIDTH, height=180))
 
 
 def check(forecasts: Sequence[Estimate], own: Estimate) -> str:
@@ -104,6 +121,31 @@ def portfolio(shortlists: Sequence[Shortlist], knee: int) -> str:
         panel = alt.layer(base.mark_line(color=COLOURS["DR"]), points)
         charts.append(panel.properties(width=140, height=120, title=alt.Title(title, fontSize=11)))
     return _svg(alt.hconcat(*charts))
+
+
+def _forest(rows: Sequence[Mapping[str, Any]], x: Callable[[str], alt.X], line: float | None, words_at: float) -> Any:
+    """A band per policy, a mark per estimator, in the order of the rows; where a number is refused a word stands at `words_at`."""
+    order = list(dict.fromkeys(str(row["policy"]) for row in rows))
+    found = {str(row["estimator"]) for row in rows}
+    names = [*(name for name in COLOURS if name in found), *sorted(found - COLOURS.keys())]
+    y = alt.Y("policy:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False, labelLimit=200))
+    place: dict[str, Any] = {"y": y, "yOffset": alt.YOffset("estimator:N", sort=names)}
+    legend = alt.Legend(orient="top", title=None)
+    colour = alt.Color("estimator:N", scale=_scale({name: COLOURS.get(name, OTHER) for name in names}), legend=legend)
+    shape = alt.Shape("estimator:N", scale=_scale({name: SHAPES.get(name, "cross") for name in names}), legend=legend)
+    dash = alt.condition("datum.certified === false", alt.value([3, 3]), alt.value([]))
+    shown, refused = "datum.verdict !== 'refused'", "datum.verdict === 'refused'"
+    base = alt.Chart(alt.Data(values=list(rows)))
+    bars = base.mark_rule(strokeWidth=2).encode(x=x("low"), x2="high:Q", color=colour, strokeDash=dash, **place)
+    points = base.mark_point(filled=True, size=70, opacity=1).encode(x=x("value"), color=colour, shape=shape, **place)
+    words = base.mark_text(align="left", color="currentColor", fontSize=10, dx=4).encode(
+        x=alt.datum(words_at), text=alt.value("refused"), **place
+    )
+    layers = [bars.transform_filter(shown), points.transform_filter(shown), words.transform_filter(refused)]
+    if line is not None:
+        rule = alt.Chart(alt.Data(values=[{"x": line}])).mark_rule(strokeDash=[4, 4], color="currentColor").encode(x="x:Q")
+        layers.insert(0, rule)
+    return alt.layer(*layers).properties(width=WIDTH, height=alt.Step(14))
 
 
 def _point(estimate: Estimate, name: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from bandits.durable import sync, write_durably
 from ope.data import InputError
+from pipelines.nightly.settings import Settings
 
 CURRENT = "CURRENT"
 
@@ -119,10 +120,12 @@ class Lake:
         """
         folder = self.folder / table / slug(point) / (day or "all")
         folder.mkdir(parents=True, exist_ok=True)
+        rows = rows.combine_chunks()  # pages would otherwise end where pieces do
         low, high = _range(rows, id_column)
         with _scratch(folder) as part:
+            # the Arrow schema, if it were stored, would be other bytes for tables that were put together in another way
             with pq.ParquetWriter(
-                part, rows.schema, compression="zstd", compression_level=1, use_dictionary=_repeated(rows)
+                part, rows.schema, compression="zstd", compression_level=1, use_dictionary=_repeated(rows), store_schema=False
             ) as writer:
                 writer.write_table(rows, row_group_size=ROW_GROUP)
             sync(part)
@@ -220,6 +223,11 @@ class Lake:
 
     def _list(self, id_: str) -> Path:
         return self.folder / "manifests" / f"{id_}.jsonl"
+
+
+def open_lake(settings: Settings) -> Lake:
+    """The lake of the settings' tenant."""
+    return Lake(settings.path(settings.file.lake.folder) / slug(settings.tenant), settings.file.lake.snapshots)
 
 
 def slug(name: str) -> str:

@@ -1,0 +1,285 @@
+"""Join: decisions with what became of them, one row each, as of the night's cut-off. A function of the sets in the lake.
+
+A partition is written anew where its decisions, its rewards, what was shown, the decision point or the moment of the cut-off say
+something new of it; once every reward of a day is mature, later nights find nothing to do there, unless something arrives late.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Mapping, Sequence, Set
+from importlib import resources
+from typing import Any
+
+import duckdb
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bandits.decision_point import DecisionPoint, RewardRule
+from ope.data import FloatArray, InputError
+from pipelines.nightly.contract import action_positions, flat_shares
+from pipelines.nightly.lake import Entry, Lake, Snapshot, key_of
+from pipelines.nightly.rows import COUNTS
+from pipelines.nightly.settings import DAY_NS, Night, Settings, day_start_ns
+
+VERSION = 1
+
+TEXT = pa.string()
+UNREADABLE = pa.schema({"decision_id": TEXT, "reason": TEXT})
+
+KEPT = ("decision_id", "decided_at_ns", "policy", "kind", "propensity", "pass_probability")
+"""Columns of a decision that stay as they are."""
+
+NEEDED = (*KEPT, "unit_hash", "actions", "shares", "chosen", "body")
+
+Progress = Callable[[int, int], object]
+
+
+def join(
+    night: Night, settings: Settings, lake: Lake, snapshot: Snapshot, progress: Progress = lambda done, total: None
+) -> list[Entry]:
+    """Joined rows of every partition of the night's days that something new can be said of."""
+    held = {entry.place: entry for entry in snapshot.entries}
+    twice = lake.frame(snapshot.find("conflicts"))
+    conflicting = set() if twice is None else set(twice["decision_id"])
+    days = night.days(settings.file.join.lookback_days)
+    partitions = [entry for point in settings.points for entry in snapshot.find("decisions", point.name, days)]
+    written: list[Entry] = []
+    database = duckdb.connect(config={"threads": 2})
+    for done, entry in enumerate(partitions):
+        point = settings.point(entry.point)
+        assert point is not None, "partitions of the settings' decision points were asked for"
+        place = (entry.point, entry.day, entry.bucket)
+        rewards, shown = held.get(("rewards", *place)), held.get(("shown", *place))
+        cutoff = _cutoff(night, point, entry.day)
+        among = sorted(conflicting) if conflicting and entry.low <= max(conflicting) and min(conflicting) <= entry.high else []
+        segments = settings.file.evaluate.segments
+        inputs = [one.sha256 if one is not None else "" for one in (entry, rewards, shown)]
+        key = key_of("join", VERSION, inputs, cutoff, msgspec.json.encode(point).decode(), segments, among)
+        if (old := held.get(("rows", *place))) is None or old.key != key:
+            tables = [None if one is None else lake.read(one) for one in (rewards, shown)]
+            decisions = lake.read(entry, list(NEEDED))
+            rows, unreadable = joined(
+                decisions, tables[0], tables[1], point, cutoff, segments=segments, conflicting=among, database=database
+            )
+            written.append(_write(lake, "rows", rows, place, key))
+            if unreadable or ("unreadable", *place) in held:
+                named = pa.Table.from_pylist([{"decision_id": i, "reason": why} for i, why in unreadable], schema=UNREADABLE)
+                written.append(_write(lake, "unreadable", named, place, key))
+        progress(done + 1, len(partitions))
+    return written
+
+
+def joined(
+    decisions: pa.Table,
+    rewards: pa.Table | None,
+    shown: pa.Table | None,
+    point: DecisionPoint,
+    cutoff_ns: int,
+    *,
+    segments: Sequence[str] = (),
+    conflicting: Sequence[str] = (),
+    database: duckdb.DuckDBPyConnection,
+) -> tuple[pa.Table, list[tuple[str, str]]]:
+    """Rows in the layout of `pipelines.nightly.rows`, and (decision id, reason) of decisions whose features cannot be read.
+
+    `decisions`, `rewards`, `shown`: as ingest sorts them; those `conflicting` are left out. `database` runs the SQL.
+    """
+    if conflicting:
+        decisions = decisions.filter(pc.invert(pc.is_in(decisions["decision_id"], pa.array(conflicting))))
+    columns, unreadable = _features(decisions, point, segments)
+    if unreadable:
+        good = np.ones(decisions.num_rows, dtype=np.bool_)
+        good[list(unreadable)] = False
+        names = decisions["decision_id"].take(pa.array(list(unreadable))).to_pylist()
+        decisions = decisions.filter(pa.array(good))
+        columns, _ = _features(decisions, point, segments)
+        rows = _joined(database, decisions, rewards, shown, point, cutoff_ns, columns)
+        return rows, list(zip(names, unreadable.values(), strict=True))
+    return _joined(database, decisions, rewards, shown, point, cutoff_ns, columns), []
+
+
+def _joined(
+    database: duckdb.DuckDBPyConnection,
+    decisions: pa.Table,
+    rewards: pa.Table | None,
+    shown: pa.Table | None,
+    point: DecisionPoint,
+    cutoff_ns: int,
+    features: dict[str, Any],
+) -> pa.Table:
+    columns: dict[str, Any] = {name: decisions[name] for name in KEPT}
+    columns["unit"] = decisions["unit_hash"]
+    columns |= _actions(decisions, point) | features
+    n = decisions.num_rows
+    for name, table in _relations(decisions, rewards, shown).items():
+        database.register(name, table)
+    columns["shown"] = _shown(database, n) if shown is not None else pa.repeat("unknown", n)
+    for rule in point.rewards:
+        columns |= _outcome(database, rule, cutoff_ns)
+    return pa.table(columns)
+
+
+def _relations(decisions: pa.Table, rewards: pa.Table | None, shown: pa.Table | None) -> dict[str, pa.Table]:
+    """What join.sql and shown.sql read."""
+    n = decisions.num_rows
+    tables = {
+        "decisions": pa.table(
+            {
+                "row": np.arange(n),
+                "decision_id": decisions["decision_id"],
+                "decided_at_ns": decisions["decided_at_ns"],
+                "action": _taken(decisions),
+            }
+        ),
+        "rewards": _placed(rewards, ("attributed_id", "name", "observed_at_ns", "value", "version", "versions")),
+    }
+    if shown is not None:
+        tables["shown"] = _placed(shown, ("decision_id", "action"))
+    return {name: table for name, table in tables.items() if table is not None}
+
+
+def _taken(decisions: pa.Table) -> pa.Array:
+    """Id of the action taken."""
+    actions = decisions["actions"].combine_chunks()
+    first = actions.offsets.to_numpy()[:-1]
+    return actions.values.take(pa.array(first + decisions["chosen"].to_numpy()))
+
+
+def _placed(table: pa.Table | None, names: Sequence[str]) -> pa.Table:
+    if table is None:
+        empty = {"attributed_id": TEXT, "name": TEXT, "observed_at_ns": pa.int64(), "value": pa.float64()}
+        return pa.schema({"place": pa.int64(), **empty, "version": pa.int32(), "versions": pa.int32()}).empty_table()
+    return table.select(list(names)).add_column(0, "place", pa.array(np.arange(table.num_rows)))
+
+
+def _shown(database: duckdb.DuckDBPyConnection, n: int) -> pa.Array:
+    found = database.sql(_sql("shown")).to_arrow_table()
+    words = np.full(n, "unknown", dtype=object)
+    words[found["row"].to_numpy()] = found["shown"].to_numpy(zero_copy_only=False)
+    return pa.array(words, TEXT)
+
+
+def _outcome(database: duckdb.DuckDBPyConnection, rule: RewardRule, cutoff_ns: int) -> dict[str, pa.Array]:
+    """Columns of one reward, by decision."""
+    found = database.sql(_sql("join"), params=parameters(rule, cutoff_ns)).to_arrow_table()
+    found = found.take(pc.sort_indices(found["row"].combine_chunks()))
+    kinds = {"value": pa.float64(), "state": TEXT, "delay": pa.int64(), **dict.fromkeys(COUNTS, pa.int32())}
+    return {f"{name}.{rule.name}": found[name].cast(kind) for name, kind in kinds.items()}
+
+
+def parameters(rule: RewardRule, cutoff_ns: int) -> dict[str, Any]:
+    """What join.sql is told of a reward's rule."""
+    return {
+        "name": rule.name, "least": rule.least, "high": rule.high, "reversible": rule.reversible,
+        "window_ns": _ns(rule.window_seconds), "tolerance_ns": _ns(rule.clock_tolerance_seconds), "aggregation": rule.aggregation,
+        "conflict": rule.conflict, "fallback": rule.at_maturity, "cutoff_ns": cutoff_ns,
+    }  # fmt: skip
+
+
+def _actions(decisions: pa.Table, point: DecisionPoint) -> dict[str, Any]:
+    """The action taken, and the share of every action: columns of the catalogue, or of the longest set."""
+    n, catalogue = decisions.num_rows, point.actions.catalogue
+    row, place, position = action_positions(decisions, catalogue)
+    k = len(catalogue) or int(position.max(initial=0)) + 1
+    shares, eligible = np.zeros((k, n), dtype=np.uint32), np.zeros((k, n), dtype=np.bool_)
+    eligible[position, row] = True
+    flat, size = flat_shares(decisions)
+    known = size > 0
+    shares[position[known[row]], row[known[row]]] = flat
+    taken = np.zeros(n, dtype=np.int32)
+    chosen = place == np.asarray(decisions["chosen"].to_numpy())[row]
+    taken[row[chosen]] = position[chosen]
+    columns = {f"share.{j}": pa.array(shares[j], mask=~eligible[j]) for j in range(k)}
+    return {"action": pa.array(taken), "vector": pa.array(known), **columns}
+
+
+def _features(decisions: pa.Table, point: DecisionPoint, segments: Sequence[str]) -> tuple[dict[str, Any], dict[int, str]]:
+    """Feature columns and segments; and why not, by row, where some cannot be read: then there are no columns."""
+    schema, catalogue = point.features, point.actions.catalogue
+    wanted, of_action = {one.name for one in schema.context}, {one.name for one in schema.action}
+    n = decisions.num_rows
+    if not n or not (wanted or of_action or segments):
+        return _columns(np.empty((n, len(schema.context_columns))), None, schema) | _segments([{}] * n, segments), {}
+    bodies = [msgspec.json.decode(body) for body in decisions["body"].to_pylist()]
+    contexts = [_picked(body.get("context"), wanted) for body in bodies]
+    features: Any = 1
+    if of_action:
+        row, place, position = action_positions(decisions, catalogue)
+        k = len(catalogue) or int(position.max(initial=0)) + 1
+        sets: list[list[Any]] = [[{}] * k for _ in range(n)]
+        for i, j, p in zip(row.tolist(), place.tolist(), position.tolist(), strict=True):
+            sets[i][p] = _picked(bodies[i]["actions"][j], of_action)
+        features = sets
+    try:
+        batch = schema.batch(contexts, features)
+    except InputError:
+        return {}, _faults(contexts, features, point)
+    told = [_picked(body.get("context"), set(segments)) for body in bodies] if segments else []
+    return _columns(batch.context, batch.action_features if of_action else None, schema) | _segments(told, segments), {}
+
+
+def _faults(contexts: Sequence[Any], features: Any, point: DecisionPoint) -> dict[int, str]:
+    """Why single rows have no features."""
+    found = {}
+    for i, context in enumerate(contexts):
+        try:
+            point.features.batch([context], features if features == 1 else [features[i]])
+        except InputError as error:
+            found[i] = str(error)
+    return found
+
+
+def _columns(context: FloatArray, action_features: FloatArray | None, schema: Any) -> dict[str, Any]:
+    columns = {f"x.{name}": pa.array(context[:, i]) for i, name in enumerate(schema.context_columns)}
+    if action_features is not None:
+        for j in range(action_features.shape[1]):
+            columns |= {f"f.{j}.{name}": pa.array(action_features[:, j, i]) for i, name in enumerate(schema.action_columns)}
+    return columns
+
+
+def _picked(context: Any, names: Set[str]) -> Any:
+    """The fields of those names, at the top or by a dotted path; what is not there is left out."""
+    if not isinstance(context, dict):
+        return {}
+    if context.keys() == names:
+        return context
+    return {name: value for name in names if (value := _at(context, name)) is not None}
+
+
+def _at(context: Any, name: str) -> Any:
+    if name in context:
+        return context[name]
+    found = context
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
+
+
+def _segments(contexts: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    return {f"s.{name}": pa.array([_text(context.get(name)) for context in contexts], TEXT) for name in names}
+
+
+def _text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+def _cutoff(night: Night, point: DecisionPoint, day: str) -> int:
+    """When a night looks at a day: its cut-off, or the moment from which on nothing of that day can mature any more."""
+    end = day_start_ns(dt.date.fromisoformat(day)) + DAY_NS
+    return min(night.cutoff_ns, end + max(_ns(rule.window_seconds) for rule in point.rewards))
+
+
+def _ns(seconds: float) -> int:
+    return int(seconds * 10**9)
+
+
+def _write(lake: Lake, table: str, rows: pa.Table, place: tuple[str, str, int], key: str) -> Entry:
+    point, day, bucket = place
+    return lake.write(table, rows, point=point, day=day, bucket=bucket, key=key, id_column="decision_id")
+
+
+def _sql(name: str) -> str:
+    return (resources.files("pipelines") / "sql" / f"{name}.sql").read_text()

@@ -1,0 +1,211 @@
+"""One night: ingest, join, certify, train, evaluate, select, report, each committed before the next begins.
+
+A step is `f(night, settings, lake, snapshot) -> partitions`; committing its partitions is the one moment at which anything changes.
+So a night that was killed anywhere goes on with the step that was not committed, and a second run finds nothing to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ope.data import InputError
+from pipelines.nightly.certify import certify
+from pipelines.nightly.evaluate import evaluate
+from pipelines.nightly.ingest import ingest
+from pipelines.nightly.join import join
+from pipelines.nightly.lake import Entry, Lake, Snapshot, open_lake, replace_durably, slug
+from pipelines.nightly.report import report
+from pipelines.nightly.select import select
+from pipelines.nightly.settings import Night, Settings
+from pipelines.nightly.sources import Source, inbox
+from pipelines.nightly.train import train
+
+Progress = Callable[[int, int], object]
+
+Step = Callable[[Night, Settings, Lake, Snapshot, Progress], list[Entry]]
+
+STEPS: Mapping[str, Step] = {"join": join, "certify": certify, "train": train, "evaluate": evaluate, "select": select}
+"""What follows ingest, in order; the report comes last."""
+
+
+class BusyError(InputError):
+    """Another night is running on the same lake."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What one step did."""
+
+    step: str
+    partitions: int
+    """Written; 0 where there was nothing to do."""
+    rows: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    note: str = ""
+
+
+@dataclass
+class Run:
+    """What a night did, for whoever looks at it later."""
+
+    tenant: str
+    date: str
+    propel: str
+    started: str
+    steps: list[Done] = field(default_factory=list)
+    snapshot: str = ""
+    """Of the lake, at the end."""
+    report: str = ""
+    """Folder of the report."""
+
+    def to_record(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """A line per step, in plain text."""
+        return [
+            f"{one.step:9} {one.seconds:7.1f} s  read {one.bytes_read / 1e6:8.1f} MB, wrote {one.bytes_written / 1e6:7.1f} MB"
+            + (f", {one.partitions} partitions, {one.rows:,} rows" if one.partitions else ", nothing new" * (one.step != "report"))
+            + (f": {one.note}" if one.note else "")
+            for one in self.steps
+        ]
+
+
+def nightly(
+    date: dt.date,
+    settings: Settings,
+    *,
+    sources: Sequence[Source] | None = None,
+    watch: Callable[[str], contextlib.AbstractContextManager[Progress]] = lambda step: contextlib.nullcontext(_quiet),
+) -> Run:
+    """Run the night of a date, or what is left of it. `sources`: by default the folders in the inbox. `watch` shows each step.
+
+    Raises BusyError where another night runs, InputError for input that cannot be read, damaged partitions and a full disk: what
+    was committed before stays as it is.
+    """
+    lake = open_lake(settings)
+    lake.folder.mkdir(parents=True, exist_ok=True)
+    night = Night.of(date, settings)
+    run = Run(settings.tenant, date.isoformat(), version("propel"), dt.datetime.now(dt.UTC).isoformat(timespec="seconds"))
+    with _locked(lake), _room(lake):
+        lake.sweep()
+        snapshot = lake.snapshot()
+        found = inbox(settings.path(settings.file.lake.inbox)) if sources is None else sources
+        with _step(run, lake, "ingest", watch) as (advance, done):
+            ingested = ingest(settings, lake, snapshot, found, advance)
+            snapshot = done(
+                ingested.entries, ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in ingested.counts.items() if n)
+            )
+        for name, step in STEPS.items():
+            with _step(run, lake, name, watch) as (advance, done):
+                snapshot = done(step(night, settings, lake, snapshot, advance))
+        with _step(run, lake, "report", watch) as (_, done):
+            run.report = str(report(night, settings, lake, snapshot))
+            done([])
+        run.snapshot = snapshot.id
+        _keep(run, settings)
+    return run
+
+
+def plan(date: dt.date, settings: Settings) -> list[str]:
+    """What a night would do, in sentences, without doing any of it."""
+    lake, night = open_lake(settings), Night.of(date, settings)
+    snapshot = lake.snapshot()
+    listed = lake.frame(snapshot.find("sources"), ["name"])
+    known = set() if listed is None else set(listed["name"])
+    waiting = [one.name for one in inbox(settings.path(settings.file.lake.inbox))]
+    fresh = [name for name in waiting if name not in known]
+    days = night.days(settings.file.join.lookback_days)
+    lines = [f"ingest: {len(fresh)} of {len(waiting)} folders in the inbox are new" + (f": {', '.join(fresh)}" if fresh else "")]
+    for point in settings.points:
+        held = snapshot.find("decisions", point.name, days)
+        rows = sum(entry.rows for entry in held)
+        lines.append(
+            f"join, certify: {point.name}: {rows:,} decisions of {len({entry.day for entry in held})} days, {days[0]} to {days[-1]}"
+        )
+        lines.append(
+            f"train, evaluate, select: {point.name}: {', '.join(settings.file.train.learners)} by "
+            f"{', '.join(settings.file.evaluate.estimators)} over {', '.join(map(str, settings.file.evaluate.windows))} days"
+        )
+    return [*lines, f"report: {settings.path(settings.file.reports.folder) / slug(settings.tenant)}"]
+
+
+@contextlib.contextmanager
+def _step(
+    run: Run, lake: Lake, name: str, watch: Callable[[str], contextlib.AbstractContextManager[Progress]]
+) -> Iterator[tuple[Progress, Callable[..., Snapshot]]]:
+    """Time a step; yields how to show progress, and how to commit what it wrote."""
+    started, before = time.monotonic(), lake.bytes_read
+
+    def done(entries: list[Entry], note: str = "", dropped: Set[tuple[str, str, str, int]] = frozenset()) -> Snapshot:
+        snapshot = lake.commit(entries, lambda entry: entry.place in dropped) if entries or dropped else lake.snapshot()
+        run.steps.append(
+            Done(
+                name, len(entries), sum(entry.rows for entry in entries), lake.bytes_read - before,
+                sum(entry.bytes for entry in entries), round(time.monotonic() - started, 3), note,
+            )
+        )  # fmt: skip
+        return snapshot
+
+    with watch(name) as advance:
+        yield advance, done
+
+
+@contextlib.contextmanager
+def _locked(lake: Lake) -> Iterator[None]:
+    """Hold the lake's lock, which the system takes back whatever happens. Raises BusyError where another process holds it."""
+    with (lake.folder / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise BusyError(
+                f"{lake.folder}: another night is running (process {file.read().strip() or 'unknown'}); wait for it"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _room(lake: Lake) -> Iterator[None]:
+    """Say in plain words that the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(
+            f"{lake.folder}: the disk is full; what was committed before stays as it is: make room and run the night again"
+        ) from None
+
+
+def _keep(run: Run, settings: Settings) -> None:
+    """Keep what the run did beside its lake."""
+    folder = open_lake(settings).folder / "runs"
+    folder.mkdir(exist_ok=True)
+    replace_durably(folder / f"{run.date}.json", json.dumps(run.to_record(), indent=2).encode() + b"\n")
+
+
+def _quiet(done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def runs(settings: Settings) -> list[Path]:
+    """What earlier nights kept, oldest first."""
+    return sorted((open_lake(settings).folder / "runs").glob("*.json"))

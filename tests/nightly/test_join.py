@@ -1,0 +1,232 @@
+"""The join against a short model of it, on two engines, in any order."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import apsw
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bandits.decision_point import RewardRule, parse_decision_point
+from pipelines.nightly.ingest import DECISIONS
+from pipelines.nightly.join import joined, parameters
+from pipelines.nightly.merging import distinct_rewards, distinct_shown
+from tests.nightly.events import POINT, SECOND, decision, reward, shown, start, table
+
+SQL = Path("pipelines/sql/join.sql").read_text()
+DATABASE = duckdb.connect(config={"threads": 1})
+CUTOFF = start() + 5000 * SECOND
+
+
+class Outcome(NamedTuple):
+    """What the model says of one reward of one decision."""
+
+    value: float | None
+    state: str
+    delay: int | None
+    events: int
+    early: int
+    late: int
+    refused: int
+    conflicts: int
+    reversed: int
+
+
+def model(decided: int, events: Sequence[dict[str, Any]], rule: RewardRule, cutoff: int) -> Outcome:
+    """One decision: its window, its observations, the rule's way to make one number of them."""
+    first: dict[tuple[str, float], tuple[int, int]] = {}
+    for event in events:
+        key, time = (event["event_id"], event["value"] + 0.0), (event["observed_at_ns"], event["received_at_ns"])
+        first[key] = min(first.get(key, time), time)
+    by_event: dict[str, list[tuple[int, int, float]]] = {}
+    for (event_id, value), time in first.items():
+        by_event.setdefault(event_id, []).append((*time, value))
+    window, tolerance = int(rule.window_seconds * SECOND), int(rule.clock_tolerance_seconds * SECOND)
+    counting, late, refused, conflict = [], 0, 0, False
+    for event_id, seen in by_event.items():
+        seen.sort()
+        for place, (observed, received, value) in enumerate(seen):
+            delay = observed - decided
+            if not rule.least <= value <= rule.high:
+                refused += 1
+            elif delay > window or delay < -tolerance:
+                late += 1
+            elif len(seen) > 1 and rule.conflict == "exclude":
+                conflict = True
+            elif len(seen) == 1 or place == {"first": 0, "last": len(seen) - 1}[rule.conflict]:
+                counting.append((observed, received, event_id, value))
+    counting.sort()
+    values = [value for *_, value in counting]
+    makers = {
+        "first": lambda: values[0],
+        "last": lambda: values[-1],
+        "sum": lambda: sum(values),
+        "max": lambda: max(values),
+        "min": lambda: min(values),
+    }
+    mature = decided + window <= cutoff
+    observed_value = makers[rule.aggregation]() if values and not conflict else None
+    fallback = None if conflict or values else rule.at_maturity
+    state = "conflict" if conflict else "observed" if values else "default" if rule.at_maturity is not None else "unknown"
+    return Outcome(
+        value=(observed_value if values else fallback) if mature else None,
+        state=state if mature else "pending",
+        delay=min((observed - decided for observed, *_ in counting), default=None),
+        events=len(values),
+        early=sum(observed < decided for observed, *_ in counting),
+        late=late,
+        refused=refused,
+        conflicts=sum(len(seen) > 1 for seen in by_event.values()),
+        reversed=sum(value < 0 for value in values) if rule.reversible else 0,
+    )
+
+
+rules = st.builds(
+    RewardRule,
+    name=st.just("reward"),
+    low=st.sampled_from([0.0, -1.0]),
+    high=st.just(2.0),
+    window_seconds=st.sampled_from([100.0, 3600.0]),
+    aggregation=st.sampled_from(["first", "last", "sum", "max", "min"]),
+    default=st.sampled_from([0.0, 1.0, "unknown"]),
+    conflict=st.sampled_from(["exclude", "first", "last"]),
+    clock_tolerance_seconds=st.sampled_from([0.0, 5.0]),
+)
+observations = st.builds(
+    lambda id_, event, value, at, later, name: (
+        reward(id_, value, at=at, event_id=event, name=name) | {"received_at_ns": start() + (at + later) * SECOND}
+    ),
+    st.sampled_from(["d0", "d1", "d2", "nobody"]),
+    st.sampled_from(["", "one", "two"]),
+    st.sampled_from([0.0, -0.0, 1.0, 0.1, 0.2, -1.0, 5.0]),
+    st.sampled_from([994, 996, 1000, 1001, 1100, 1101, 1500, 4600, 4601]),
+    st.sampled_from([0, 1, 900]),
+    st.sampled_from(["reward", "reward", "other"]),
+)
+DECIDED = {"d0": 1000, "d1": 1001, "d2": 1500}
+
+
+def decisions() -> pa.Table:
+    rows = table("decisions", [decision(id_, at=at) for id_, at in DECIDED.items()])
+    return rows.append_column("unit_hash", pa.array(range(3))).select(DECISIONS.names)
+
+
+def found(rows: pa.Table) -> dict[str, Outcome]:
+    return {row["decision_id"]: Outcome(*(row[f"{name}.reward"] for name in Outcome._fields)) for row in rows.to_pylist()}
+
+
+def attributed(events: Sequence[dict[str, Any]]) -> pa.Table:
+    rewards = table("rewards", events)
+    return distinct_rewards(rewards.append_column("attributed_id", rewards["decision_id"]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(rule=rules, events=st.lists(observations, max_size=12), shuffle=st.randoms(use_true_random=False))
+def test_join_is_its_model_in_any_order(rule: RewardRule, events: list[dict[str, Any]], shuffle: random.Random) -> None:
+    point = parse_decision_point(POINT)
+    point = type(point)(name="point", actions=point.actions, rewards=(rule,))
+    expected = {
+        id_: model(start() + at * SECOND, [e for e in events if (e["decision_id"], e["name"]) == (id_, "reward")], rule, CUTOFF)
+        for id_, at in DECIDED.items()
+    }
+    rows, unreadable = joined(decisions(), attributed(events), None, point, CUTOFF, database=DATABASE)
+    assert not unreadable
+    for id_, outcome in found(rows).items():
+        assert outcome.value == pytest.approx(expected[id_].value, abs=1e-12)  # the model sums left to right, too
+        assert outcome._replace(value=None) == expected[id_]._replace(value=None), id_
+    again = [*events, *events[:3]]
+    shuffle.shuffle(again)
+    assert joined(decisions(), attributed(again), None, point, CUTOFF, database=DATABASE)[0].equals(rows)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rule=rules, events=st.lists(observations, max_size=12))
+def test_the_same_text_runs_on_sqlite(rule: RewardRule, events: list[dict[str, Any]]) -> None:
+    point = parse_decision_point(POINT)
+    rows, _ = joined(
+        decisions(),
+        attributed(events),
+        None,
+        type(point)(name="point", actions=point.actions, rewards=(rule,)),
+        CUTOFF,
+        database=DATABASE,
+    )
+    connection = apsw.Connection(":memory:")
+    connection.execute("create table decisions (row, decision_id, decided_at_ns)")
+    connection.execute("create table rewards (place, attributed_id, name, observed_at_ns, value, version, versions)")
+    for row, (id_, at) in enumerate(DECIDED.items()):
+        connection.execute("insert into decisions values (?, ?, ?)", (row, id_, start() + at * SECOND))
+    for place, one in enumerate(attributed(events).to_pylist()):
+        names = ("attributed_id", "name", "observed_at_ns", "value", "version", "versions")
+        connection.execute("insert into rewards values (?, ?, ?, ?, ?, ?, ?)", (place, *(one[name] for name in names)))
+    ours = sorted(connection.execute(SQL, parameters(rule, CUTOFF)))
+    theirs = [[row, *found(rows)[id_]] for row, id_ in enumerate(DECIDED)]
+    assert [tuple(row[2:]) for row in ours] == [tuple(row[2:]) for row in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one[1] == pytest.approx(other[1], abs=1e-12)
+
+
+def test_unknown_is_not_zero_until_the_window_closes() -> None:
+    point = parse_decision_point(POINT)
+    closes = start() + (1500 + 3600) * SECOND
+    for cutoff, value, state in ((closes - 1, None, "pending"), (closes, 0.0, "default")):
+        outcome = found(joined(decisions(), None, None, point, cutoff, database=DATABASE)[0])["d2"]
+        assert (outcome.value, outcome.state) == (value, state)
+
+
+def test_the_last_word_on_what_was_shown_counts_and_nobody_else_is_guessed() -> None:
+    events = table("shown", [shown("d0", "b", at=5), shown("d0", "a", at=9), shown("d1", None, at=3), shown("nobody", "a")])
+    rows, _ = joined(
+        decisions(),
+        None,
+        distinct_shown(events.append_column("attributed_id", events["decision_id"])),
+        parse_decision_point(POINT),
+        CUTOFF,
+        database=DATABASE,
+    )
+    assert rows["shown"].to_pylist() == ["as_sampled", "none", "unknown"]
+
+
+def test_decisions_whose_features_do_not_fit_are_named_and_left_out() -> None:
+    point = parse_decision_point(POINT + '[features]\ncontext = [{type = "number", name = "age"}]\n')
+    records = [decision("d0", context={"age": 3}), decision("d1", context={"age": "old"}), decision("d2", context={"user": {}})]
+    rows, unreadable = joined(
+        table("decisions", records).append_column("unit_hash", pa.array(range(3))),
+        None,
+        None,
+        point,
+        CUTOFF,
+        segments=("age",),
+        database=DATABASE,
+    )
+    assert rows["x.age"].to_pylist() == [3.0]
+    assert rows["s.age"].to_pylist() == ["3"]
+    assert [id_ for id_, _ in unreadable] == ["d1", "d2"]
+    assert "'old'" in unreadable[0][1]
+
+
+def test_shares_are_laid_out_by_the_catalogue() -> None:
+    wide = decision("d0", chosen=1) | {
+        "actions": ["c", "a"],
+        "shares": (2**29).to_bytes(4, "little") + (3 * 2**29).to_bytes(4, "little"),
+    }
+    wide |= {"propensity": 0.75}
+    rows, _ = joined(
+        table("decisions", [wide]).append_column("unit_hash", pa.array([1])),
+        None,
+        None,
+        parse_decision_point(POINT),
+        CUTOFF,
+        database=DATABASE,
+    )
+    assert [rows[f"share.{j}"].to_pylist() for j in range(3)] == [[3 * 2**29], [None], [2**29]]
+    assert rows["action"].to_pylist() == [0]
+    assert np.asarray(rows["vector"]).tolist() == [True]
