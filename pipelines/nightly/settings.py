@@ -139,6 +139,8 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"select.estimator: found {self.select.estimator!r}; expected one of evaluate.estimators")
         if max(self.evaluate.windows, default=0) > self.train.days:
             raise ValueError(f"evaluate.windows: found {max(self.evaluate.windows)} days; expected at most train.days")
+        if self.train.days > self.join.lookback_days:
+            raise ValueError(f"train.days: found {self.train.days}; expected at most join.lookback_days: older days are not joined")
         if not self.evaluate.windows:
             raise ValueError("evaluate.windows: found none; expected at least one number of days")
 
