@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from scipy.special import chdtrc, stdtrit
@@ -342,9 +342,16 @@ class Usual:
         return max(0.0, self.rate - half), min(1.0, self.rate + half)
 
 
+def reasons(found: Examination) -> list[str]:
+    """The worst failed test of each family in words, what is least explained by chance first."""
+    worst = [one for family in get_args(Family) if (one := found.worst(family)) is not None and one.failed]
+    return [explain(one) for one in sorted(worst, key=lambda one: (one.p, -abs(one.z)))]
+
+
 def explain(one: Finding) -> str:
     """A failed test in words: what was found, what is expected, what to do."""
-    sure = f"(z = {one.z:.1f}, p = {one.p:.1g}, {one.rows:,} rows)"
+    p = f"p = {one.p:.1g}" if one.p > 1e-99 else "p < 1e-99"
+    sure = f"(z = {one.z:.1f}, {p}, {one.rows:,} rows)"
     more = one.observed > one.expected
     if one.family == "weights":
         return (
@@ -354,7 +361,7 @@ def explain(one: Finding) -> str:
     if one.family == "omnibus":
         return (
             f"Actions differ together from their propensities: chi-square {one.observed:.1f} where {one.expected:.0f} is expected "
-            f"(p = {one.p:.1g}, {one.rows:,} rows). Look at expected and taken in the support table."
+            f"({p}, {one.rows:,} rows). Look at expected and taken in the support table."
         )
     if one.family == "caps":
         return (
@@ -364,7 +371,7 @@ def explain(one: Finding) -> str:
     if one.family == "columns":
         return (
             f"Actions depend on {one.name} in another way than their propensities: chi-square {one.observed:.1f} where "
-            f"{one.expected:.0f} is expected (p = {one.p:.1g}, {one.rows:,} rows): rows are lost by context and action, or the "
+            f"{one.expected:.0f} is expected ({p}, {one.rows:,} rows): rows are lost by context and action, or the "
             "sampler saw another context. Compare counts before and after each hop."
         )
     if one.family == "contexts":

@@ -23,6 +23,7 @@ from ope.nuisance import Split, cross_fit_reward, cross_splits
 from ope.selection import Selection, halves, select
 from ope.simulate import softmax
 from pipelines.compare import report_on
+from pipelines.demo_nights import Week, lines, run_week
 from pipelines.importers.open_bandit import open_bandit
 from pipelines.report import write_demo_report
 from pipelines.tables import number, print_reports, reasons
@@ -71,7 +72,9 @@ def run_demo(out: Path, console: Console) -> None:
         found = compute(lambda step: progress.update(task, description=step))
         progress.update(task, description="Drawing the report")
         path = write_demo_report(out, found, conclusion(found))
+        week = run_week(out / "nights", lambda step: progress.update(task, description=step))
     print_demo(found, console)
+    print_week(week, console)
     console.print(f"\nReport: [bold]{path}[/] (beside it: estimates.csv, demo.json)\n")
     console.print(conclusion(found), highlight=False)
 
@@ -219,6 +222,14 @@ def print_demo(found: Demo, console: Console) -> None:
             f"{', '.join(s.candidates)}{mark}",
             highlight=False,
         )
+
+
+def print_week(week: Week, console: Console) -> None:
+    """The demo's nights on a terminal."""
+    console.print("\n[bold]5. The same week as seven nights: ingest, join, certify, train, evaluate, select, report[/]")
+    for line in lines(week):
+        console.print(line, highlight=False)
+    console.print(f"  The last night's page: {week.marts[-1].folder / 'report.html'}", highlight=False)
 
 
 def _agreement(forecast: Estimate, own: Estimate) -> str:

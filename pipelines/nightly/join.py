@@ -114,31 +114,25 @@ def _joined(
     columns["unit"] = decisions["unit_hash"]
     columns |= _actions(decisions, point) | features
     n = decisions.num_rows
-    for name, table in _relations(decisions, rewards, shown).items():
+    for name, table in relations(decisions, rewards, shown).items():
         database.register(name, table)
     columns["shown"] = _shown(database, n) if shown is not None else pa.repeat("unknown", n)
     for rule in point.rewards:
-        columns |= _outcome(database, rule, cutoff_ns)
+        columns |= outcome(database, rule, cutoff_ns)
     return pa.table(columns)
 
 
-def _relations(decisions: pa.Table, rewards: pa.Table | None, shown: pa.Table | None) -> dict[str, pa.Table]:
-    """What join.sql and shown.sql read."""
-    n = decisions.num_rows
+def relations(decisions: pa.Table, rewards: pa.Table | None, shown: pa.Table | None = None) -> dict[str, pa.Table]:
+    """What join.sql reads, and shown.sql where something was shown."""
+    known = {"decision_id": decisions["decision_id"], "decided_at_ns": decisions["decided_at_ns"]}
     tables = {
-        "decisions": pa.table(
-            {
-                "row": np.arange(n),
-                "decision_id": decisions["decision_id"],
-                "decided_at_ns": decisions["decided_at_ns"],
-                "action": _taken(decisions),
-            }
-        ),
+        "decisions": pa.table({"row": np.arange(decisions.num_rows), **known}),
         "rewards": _placed(rewards, ("attributed_id", "name", "observed_at_ns", "value", "version", "versions")),
     }
     if shown is not None:
+        tables["decisions"] = tables["decisions"].append_column("action", _taken(decisions))
         tables["shown"] = _placed(shown, ("decision_id", "action"))
-    return {name: table for name, table in tables.items() if table is not None}
+    return tables
 
 
 def _taken(decisions: pa.Table) -> pa.Array:
@@ -162,7 +156,7 @@ def _shown(database: duckdb.DuckDBPyConnection, n: int) -> pa.Array:
     return pa.array(words, TEXT)
 
 
-def _outcome(database: duckdb.DuckDBPyConnection, rule: RewardRule, cutoff_ns: int) -> dict[str, pa.Array]:
+def outcome(database: duckdb.DuckDBPyConnection, rule: RewardRule, cutoff_ns: int) -> dict[str, pa.Array]:
     """Columns of one reward, by decision."""
     found = database.sql(_sql("join"), params=parameters(rule, cutoff_ns)).to_arrow_table()
     found = found.take(pc.sort_indices(found["row"].combine_chunks()))

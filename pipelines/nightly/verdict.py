@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 from bandits.decision_point import DecisionPoint
-from ope.certificate import Examination, Family, explain
+from ope.certificate import Examination, reasons
 from pipelines.nightly.settings import Certificate
 
 Verdict: TypeAlias = Literal["pass", "warn", "fail"]
@@ -29,7 +29,7 @@ class Judged:
 
 def judge(found: Judged, settings: Certificate, point: DecisionPoint) -> tuple[Verdict, list[str]]:
     """The verdict and every reason against `pass`, those of a failure first."""
-    failed = [*_facts(found.numbers, found.span, settings), *_tests(found)]
+    failed = [*_facts(found.numbers, found.span, settings), *(reasons(found.tests) if found.tests else [])]
     warned = _warnings(found, settings, point)
     below = _below(found)
     if below is not None:
@@ -39,43 +39,35 @@ def judge(found: Judged, settings: Certificate, point: DecisionPoint) -> tuple[V
 
 def _facts(numbers: Mapping[str, Any], span: int, settings: Certificate) -> list[str]:
     """What no chance explains."""
-    reasons = []
+    found = []
     if numbers["outside"]:
-        reasons.append(
+        found.append(
             f"{numbers['outside']:,} rows have an action outside their eligible set; expected none: "
             "log the set that was drawn from, after exclusions."
         )
     if numbers["below_floor"]:
-        reasons.append(
+        found.append(
             f"{numbers['below_floor']:,} rows have a propensity below the exploration floor, the smallest {numbers['p_min']:.3g}; "
             "expected at least exploration_floor / (number of eligible actions): the floor is not applied, "
             "or the decision point declares another one than is in force."
         )
     if numbers["replay_wrong"]:
-        reasons.append(
+        found.append(
             f"{numbers['replay_wrong']:,} of {numbers['replay_checked']:,} decisions drawn again from their logged shares and salt "
             "give another action; expected none: what is logged is not what was drawn from, or a record was altered."
         )
     if numbers["gaps"]:
-        reasons.append(
+        found.append(
             f"{numbers['gaps']:,} of {span:,} record numbers between the first and the last of the day are missing; expected none: "
             "deliver the source's missing records again."
         )
     everything = numbers["rows"] + numbers["conflicts"]
     if numbers["conflicts"] > settings.conflicts * everything:
-        reasons.append(
+        found.append(
             f"{numbers['conflicts']:,} of {everything:,} decisions came with several contents under one id; expected at most "
             f"{settings.conflicts:.2%}: something rewrites records, or ids are not unique."
         )
-    return reasons
-
-
-def _tests(found: Judged) -> list[str]:
-    """The worst failed test of each family."""
-    if found.tests is None:
-        return []
-    worst = [found.tests.worst(family) for family in get_args(Family)]
-    return [explain(one) for one in sorted((one for one in worst if one is not None and one.failed), key=lambda one: one.p)]
+    return found
 
 
 def _below(found: Judged) -> str | None:
@@ -95,25 +87,25 @@ def _rate(numbers: Mapping[str, Any]) -> str:
 
 
 def _warnings(found: Judged, settings: Certificate, point: DecisionPoint) -> list[str]:
-    numbers, reasons = found.numbers, []
+    numbers, warned = found.numbers, []
     if found.tests is None:
-        reasons.append("No row was sampled: nothing can be learned or valued from this day, and nothing was tested.")
+        warned.append("No row was sampled: nothing can be learned or valued from this day, and nothing was tested.")
     elif numbers["vectors"] < 1:
-        reasons.append(
+        warned.append(
             f"{1 - numbers['vectors']:.0%} of the rows have no vector of propensities: whether they are calibrated could not be "
             "tested there, only the mean weight. Log the probability of every eligible action."
         )
     if numbers["join_high"] is not None and numbers["join_rate"] > numbers["join_high"]:
-        reasons.append(f"Join rate {_rate(numbers)}: rewards may be counted twice, or arrive that did not before.")
+        warned.append(f"Join rate {_rate(numbers)}: rewards may be counted twice, or arrive that did not before.")
     if numbers["delivered"] and numbers["repeated"] > settings.duplicates * numbers["delivered"]:
-        reasons.append(
+        warned.append(
             f"{numbers['repeated']:,} of {numbers['delivered']:,} decisions were delivered again; expected at most "
             f"{settings.duplicates:.0%}. They count once; see why a source repeats itself."
         )
     if numbers.get("not_shown_independent") is False:
         do = "keep" if point.shown == "intention_to_treat" else "set"
-        reasons.append(
+        warned.append(
             f"Whether an action is shown depends on the action (p = {numbers['not_shown_p']:.1g}): leaving rows out by what was "
             f'shown would select on the action; {do} shown = "intention_to_treat".'
         )
-    return reasons
+    return warned

@@ -45,7 +45,10 @@ class World:
 
     @property
     def settings(self) -> Settings:
-        tables = {"certificate": self.certificate, "join": {"lookback_days": self.lookback, "cutoff_hours": 2}}
+        tables = {
+            "certificate": self.certificate, "join": {"lookback_days": self.lookback, "cutoff_hours": 2},
+            "train": {"days": self.lookback}, "evaluate": {"windows": (1,)},
+        }  # fmt: skip
         file = msgspec.convert({"tenant": "shop", "decision_points": ["ads.toml"], **tables}, File)
         return Settings(file, (self.point,), self.folder)
 
