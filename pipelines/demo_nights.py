@@ -133,7 +133,7 @@ def kill_after(day: dt.date, settings: Settings) -> None:
         "--config",
         str(settings.folder / "propel.toml"),
     ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: S603 - our own command
     table = {"join": "rows", "certify": "certificates"}[KILLED_AFTER]
     while process.poll() is None and not lake.snapshot().find(table, days=[day.isoformat()]):
         time.sleep(0.02)

@@ -67,14 +67,14 @@ def report(date: Date = None, config: Config = Path("propel.toml"), as_json: AsJ
     """
     with bad_input():
         from pipelines.nightly.mart import read_mart
-        from pipelines.nightly.report import render
+        from pipelines.nightly.report import PAGE, render
         from pipelines.nightly.settings import read_settings
-        from pipelines.nightly.summary import lines, needs_attention, to_json
+        from pipelines.nightly.summary import needs_attention, to_json
 
         settings = read_settings(config)
         mart = read_mart(settings.path(settings.file.reports.folder), settings.tenant, _day(date).isoformat())
-        page = render(mart)
-    typer.echo(json.dumps(to_json(mart), indent=2, allow_nan=False) if as_json else "\n".join([*lines(mart), f"Report: {page}"]))
+        summary = [*render(mart), f"Report: {mart.folder / PAGE}"]
+    typer.echo(json.dumps(to_json(mart), indent=2, allow_nan=False) if as_json else "\n".join(summary))
     if needs_attention(mart):
         raise typer.Exit(ATTENTION)
 

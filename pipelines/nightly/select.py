@@ -27,6 +27,10 @@ GRADED = "not graded here"
 """An estimator is graded on known outcomes, and here there are none yet."""
 
 
+NOBODY = Shortlist(0, (), math.nan, math.nan, math.nan, math.nan)
+"""Stands for the shortlist where fewer than two candidates are left: k = 0 then says why."""
+
+
 def select(night: Night, settings: Settings, lake: Lake, snapshot: Snapshot, progress: Callable[[int, int], object]) -> list[Entry]:
     """Partitions of `portfolio` and `portfolio_policies`, one per decision point; empty with fewer than two candidates."""
     day, entries = night.date.isoformat(), []
@@ -67,7 +71,7 @@ def _portfolio(folds: Sequence[Kept], settings: Settings) -> tuple[list[dict[str
     policies += [{"policy": name} for name in folds[0].candidates if name not in a.candidates]
     return portfolio, [
         key | {"k": one.k} | policy | _decision(policy["policy"], a, one, chosen)
-        for one in chosen.shortlists
+        for one in chosen.shortlists or (NOBODY,)
         for policy in policies
     ]
 
@@ -123,6 +127,8 @@ def _decision(name: str, a: Kept, shortlist: Shortlist, chosen: Selection) -> di
         return {"decision": "skip", "reason": said}
     if name in chosen.doubtful:
         return {"decision": "blocked", "reason": f"Refused on fold B: {' '.join(chosen.doubtful[name])}"}
+    if not shortlist.k:
+        return {"decision": "skip", "reason": "No other candidate is left to choose between."}
     if name not in shortlist.candidates:
         return {"decision": "skip", "reason": f"Ranks below the best {shortlist.k} on fold A."}
     if chosen.selected_on[chosen.ranking.index(name)] < logged:

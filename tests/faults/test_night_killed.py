@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import json
 import os
 import shutil
@@ -13,33 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.nightly.lake import Lake
-from pipelines.nightly.mart import read_mart
-from pipelines.nightly.simulated import POINT, simulate_day
+from tests.nightly.small_nights import SECOND, before_the_second, check_readable, state
 
 pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 
-FIRST, SECOND = dt.date(2026, 11, 21), dt.date(2026, 11, 22)
 POINTS = int(os.environ.get("PROPEL_KILLS", "4"))
 """Kills; `make faults` asks for more of them."""
 
 CALLS = {"write": 0.25, "fsync": 0.5, "rename": 0.25}
 """System calls, and which share of the kills is at each of them."""
-
-SETTINGS = """
-tenant = "feed"
-decision_points = ["ads.toml"]
-[lake]
-buckets = 2
-[train]
-learners = ["IPS"]
-least_rows = 100
-days = 2
-[evaluate]
-windows = [2]
-[join]
-lookback_days = 2
-"""
 
 
 class Server:
@@ -73,33 +54,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A night that ended well, and the next day's events in the inbox."""
-    from pipelines.nightly.run import nightly
-    from pipelines.nightly.settings import read_settings
-
-    folder = tmp_path_factory.mktemp("before") / "feed"
-    folder.mkdir()
-    (folder / "ads.toml").write_text(POINT)
-    (folder / "propel.toml").write_text(SETTINGS)
-    simulate_day(FIRST, 600).write(folder / "inbox" / "first")
-    nightly(FIRST, read_settings(folder / "propel.toml"))
-    simulate_day(SECOND, 600).write(folder / "inbox" / "second")
-    return folder
-
-
-def state(folder: Path) -> dict[str, object]:
-    """Everything that must come out the same: listed partitions, their revisions, the tables of the report."""
-    lake = Lake(folder / "lake" / "feed")
-    mart = read_mart(folder / "reports", "feed")
-    entries = {entry.place: (entry.sha256, entry.revision, entry.key) for entry in lake.snapshot().entries}
-    return {"entries": entries, "mart": mart.manifest.snapshot_id}
-
-
-def check_readable(folder: Path) -> None:
-    """The lake's list and every partition on it, and the current report, are whole."""
-    lake = Lake(folder / "lake" / "feed")
-    for entry in lake.snapshot().entries:
-        lake.checked(entry)
-    read_mart(folder / "reports", "feed")
+    return before_the_second(tmp_path_factory.mktemp("before") / "feed")
 
 
 def test_a_killed_night_leaves_the_lake_readable_and_ends_the_same(server: Server, before: Path, tmp_path: Path) -> None:
