@@ -262,6 +262,11 @@ class FeatureSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dic
             flat += [padding] * (k - len(members))
         return np.array(flat, dtype=np.float64)
 
+    @property
+    def plain_context(self) -> tuple[str, ...]:
+        """Names of the context features where all of them are plain numbers; none elsewhere."""
+        return self._context_plan.plain if self._context_plan.is_plain else ()
+
     @cached_property
     def _context_plan(self) -> _Plan:
         return _Plan.of(self.context, self.interactions)

@@ -7,7 +7,7 @@ something new of it; once every reward of a day is mature, later nights find not
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bandits.decision_point import DecisionPoint, RewardRule
-from ope.data import FloatArray, InputError
+from pipelines.nightly.bodies import features_of
 from pipelines.nightly.contract import action_positions, flat_shares
 from pipelines.nightly.lake import Entry, Lake, Snapshot, key_of
 from pipelines.nightly.rows import COUNTS
@@ -89,13 +89,13 @@ def joined(
     """
     if conflicting:
         decisions = decisions.filter(pc.invert(pc.is_in(decisions["decision_id"], pa.array(conflicting))))
-    columns, unreadable = _features(decisions, point, segments)
+    columns, unreadable = features_of(decisions, point, segments)
     if unreadable:
         good = np.ones(decisions.num_rows, dtype=np.bool_)
         good[list(unreadable)] = False
         names = decisions["decision_id"].take(pa.array(list(unreadable))).to_pylist()
         decisions = decisions.filter(pa.array(good))
-        columns, _ = _features(decisions, point, segments)
+        columns, _ = features_of(decisions, point, segments)
         rows = _joined(database, decisions, rewards, shown, point, cutoff_ns, columns)
         return rows, list(zip(names, unreadable.values(), strict=True))
     return _joined(database, decisions, rewards, shown, point, cutoff_ns, columns), []
@@ -188,76 +188,6 @@ def _actions(decisions: pa.Table, point: DecisionPoint) -> dict[str, Any]:
     taken[row[chosen]] = position[chosen]
     columns = {f"share.{j}": pa.array(shares[j], mask=~eligible[j]) for j in range(k)}
     return {"action": pa.array(taken), "vector": pa.array(known), **columns}
-
-
-def _features(decisions: pa.Table, point: DecisionPoint, segments: Sequence[str]) -> tuple[dict[str, Any], dict[int, str]]:
-    """Feature columns and segments; and why not, by row, where some cannot be read: then there are no columns."""
-    schema, catalogue = point.features, point.actions.catalogue
-    wanted, of_action = {one.name for one in schema.context}, {one.name for one in schema.action}
-    n = decisions.num_rows
-    if not n or not (wanted or of_action or segments):
-        return _columns(np.empty((n, len(schema.context_columns))), None, schema) | _segments([{}] * n, segments), {}
-    bodies = [msgspec.json.decode(body) for body in decisions["body"].to_pylist()]
-    contexts = [_picked(body.get("context"), wanted) for body in bodies]
-    features: Any = 1
-    if of_action:
-        row, place, position = action_positions(decisions, catalogue)
-        k = len(catalogue) or int(position.max(initial=0)) + 1
-        sets: list[list[Any]] = [[{}] * k for _ in range(n)]
-        for i, j, p in zip(row.tolist(), place.tolist(), position.tolist(), strict=True):
-            sets[i][p] = _picked(bodies[i]["actions"][j], of_action)
-        features = sets
-    try:
-        batch = schema.batch(contexts, features)
-    except InputError:
-        return {}, _faults(contexts, features, point)
-    told = [_picked(body.get("context"), set(segments)) for body in bodies] if segments else []
-    return _columns(batch.context, batch.action_features if of_action else None, schema) | _segments(told, segments), {}
-
-
-def _faults(contexts: Sequence[Any], features: Any, point: DecisionPoint) -> dict[int, str]:
-    """Why single rows have no features."""
-    found = {}
-    for i, context in enumerate(contexts):
-        try:
-            point.features.batch([context], features if features == 1 else [features[i]])
-        except InputError as error:
-            found[i] = str(error)
-    return found
-
-
-def _columns(context: FloatArray, action_features: FloatArray | None, schema: Any) -> dict[str, Any]:
-    columns = {f"x.{name}": pa.array(context[:, i]) for i, name in enumerate(schema.context_columns)}
-    if action_features is not None:
-        for j in range(action_features.shape[1]):
-            columns |= {f"f.{j}.{name}": pa.array(action_features[:, j, i]) for i, name in enumerate(schema.action_columns)}
-    return columns
-
-
-def _picked(context: Any, names: Set[str]) -> Any:
-    """The fields of those names, at the top or by a dotted path; what is not there is left out."""
-    if not isinstance(context, dict):
-        return {}
-    if context.keys() == names:
-        return context
-    return {name: value for name in names if (value := _at(context, name)) is not None}
-
-
-def _at(context: Any, name: str) -> Any:
-    if name in context:
-        return context[name]
-    found = context
-    for part in name.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    return found
-
-
-def _segments(contexts: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    return {f"s.{name}": pa.array([_text(context.get(name)) for context in contexts], TEXT) for name in names}
-
-
-def _text(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
 def _cutoff(night: Night, point: DecisionPoint, day: str) -> int:

@@ -19,6 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from threadpoolctl import threadpool_limits
+
 from ope.data import InputError
 from pipelines.nightly.certify import certify
 from pipelines.nightly.evaluate import evaluate
@@ -101,7 +103,8 @@ def nightly(
     lake.folder.mkdir(parents=True, exist_ok=True)
     night = Night.of(date, settings)
     run = Run(settings.tenant, date.isoformat(), version("propel"), dt.datetime.now(dt.UTC).isoformat(timespec="seconds"))
-    with _locked(lake), _room(lake):
+    # products are small: more threads only wait for each other, and sums would end in other bits on another machine
+    with _locked(lake), _room(lake), threadpool_limits(1, "blas"):
         lake.sweep()
         snapshot = lake.snapshot()
         found = inbox(settings.path(settings.file.lake.inbox)) if sources is None else sources

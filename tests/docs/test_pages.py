@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
+
+from propel import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 EXAMPLE_LOG = ROOT / "docs" / "how-to" / "evaluate-your-log.md"
+FILE = re.compile(r"# file: (\S+)\n")
+STORIES = [page for page in PAGES if any(FILE.match(text) for _, text in BLOCK.findall(page.read_text()))]
+"""Pages whose blocks belong together, from the first to the last: files to write, code, commands, and what these print."""
+
+CHANGES = re.compile(r"\d+\.\d (?=s\b|MB\b)|@[0-9a-f]{4,}…?|(?<=-\d\d-\d\d-)[0-9a-f]{12}|\S*(?=/reports/)|process \d+")
+"""What is another one in every night: times and sizes, digests (a registry makes its own key), the folder, a process."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -35,6 +47,54 @@ def run_command(command: str) -> str:
     return done.stdout
 
 
+def words(text: str) -> list[str]:
+    return CHANGES.sub("", text).split()
+
+
+def follow(page: Path, folder: Path) -> None:
+    """All blocks of a story in the order of the page, in a folder of their own, where `propel` can be called by name.
+
+    Commands run in this process: a night needs longer to import what it uses than to use it.
+    """
+    (folder / "bin").mkdir()
+    script = folder / "bin" / "propel"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m propel "$@"\n')
+    script.chmod(0o755)
+    environment = os.environ | {"COLUMNS": "80", "PATH": f"{script.parent}:{os.environ['PATH']}"}
+    names: dict[str, Any] = {"__name__": "__main__"}
+    printed = ""
+    for kind, text in BLOCK.findall(page.read_text()):
+        if named := FILE.match(text):
+            Path(named[1]).write_text(text)
+        elif kind == "python":
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(text, str(page), "exec"), names)  # noqa: S102
+            printed = out.getvalue()
+        elif kind == "sh":
+            done = subprocess.run(["sh", "-e", "-c", text], stdout=subprocess.PIPE, check=True, env=environment)
+            printed = done.stdout.decode()
+        elif kind == "text":
+            assert words(printed) == words(text)
+        elif kind == "console":
+            check_console(text, environment)
+
+
+def check_console(block: str, environment: dict[str, str]) -> None:
+    """Commands that print what the block says, on both streams, and exit with 0, unless the block asks for the code and shows it."""
+    codes: list[int] = []
+    for step in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+        command, _, expected = step.replace("\\\n", "").partition("\n")
+        if command == "echo $?":
+            assert codes.pop() == int(expected)
+            continue
+        program, *rest = shlex.split(command)
+        assert program == "propel" and not any(codes)
+        done = CliRunner().invoke(app, rest, env=environment, catch_exceptions=False)
+        codes.append(done.exit_code)
+        assert words(done.output) == words(expected)
+    assert not any(codes)
+
+
 @pytest.fixture(scope="module")
 def example_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which the how-to page's first example has written decisions.parquet."""
@@ -43,14 +103,16 @@ def example_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python") and p not in STORIES], ids=lambda page: page.stem)
 def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_python(page)
     assert (tmp_path / "decisions.parquet").exists() == (page == EXAMPLE_LOG)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if "$ propel" in p.read_text()], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if "$ propel" in p.read_text() and p not in STORIES], ids=lambda page: page.stem
+)
 def test_commands_print_what_the_page_shows(page: Path, example_log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the log of the how-to page, or on what the page's own example made: a registry, a log to import."""
     own = any(word in "".join(blocks(page, "console")) for word in ("--registry", "propel import", "propel propensities"))
@@ -63,6 +125,12 @@ def test_commands_print_what_the_page_shows(page: Path, example_log: Path, tmp_p
             shown = run_command(command)
             if expected.strip():
                 assert shown.split() == expected.split()
+
+
+@pytest.mark.parametrize("page", STORIES, ids=lambda page: page.stem)
+def test_stories_can_be_followed(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    follow(page, tmp_path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
