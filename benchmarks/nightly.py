@@ -1,8 +1,8 @@
 """A whole night: `python -m benchmarks.nightly [--decisions 2000000] [--folder DIR]`.
 
 The ad-load schema (5 actions, 16 features), rewards for 82.5 % of the decisions, 4 candidates, 16 buckets: ingest to report, at the
-size given and at twice of it, each in a process of its own whose peak memory is printed; then the join beside DuckDB's bare join of the
-same columns. One JSON line per figure. Events in `--folder` are kept and used again.
+size given and at twice of it, each in a process of its own whose peak memory is printed; then the join beside DuckDB's bare join of
+the same columns. One JSON line per figure. Events in `--folder` are kept and used again.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def join(folder: Path) -> dict[str, Any]:
     """join.sql on every partition, read from the lake."""
     import duckdb
 
-    from pipelines.nightly.join import outcome, relations
+    from pipelines.nightly.join import OBSERVED, outcome, relations
     from pipelines.nightly.lake import open_lake
     from pipelines.nightly.settings import Night, read_settings
 
@@ -83,7 +83,7 @@ def join(folder: Path) -> dict[str, Any]:
     database, rows = duckdb.connect(config={"threads": 2}), 0
     for decisions, rewards in zip(snapshot.find("decisions"), snapshot.find("rewards"), strict=True):
         read = lake.read(decisions, ["decision_id", "decided_at_ns"])
-        for name, table in relations(read, lake.read(rewards)).items():
+        for name, table in relations(read, lake.read(rewards, OBSERVED)).items():
             database.register(name, table)
         rows += len(outcome(database, rule, cutoff)["value.value"])
     return {"rows": rows, "wall_s": round(time.perf_counter() - wall, 2), "cpu_s": round(time.process_time() - cpu, 2)}
@@ -101,7 +101,7 @@ def bare(folder: Path) -> dict[str, Any]:
     wall, cpu = time.perf_counter(), time.process_time()
     database = duckdb.connect(config={"threads": 2})
     found = database.sql(
-        "select d.decision_id, d.decided_at_ns, r.name, r.event_id, r.observed_at_ns, r.value, r.version, r.versions "
+        "select d.decision_id, d.decided_at_ns, r.name, r.observed_at_ns, r.value, r.version, r.versions "
         "from read_parquet($decisions) d left join read_parquet($rewards) r on r.attributed_id = d.decision_id",
         params=files,
     ).to_arrow_table()

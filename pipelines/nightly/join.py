@@ -34,6 +34,9 @@ KEPT = ("decision_id", "decided_at_ns", "policy", "kind", "propensity", "pass_pr
 
 NEEDED = (*KEPT, "unit_hash", "actions", "shares", "chosen", "body")
 
+OBSERVED = ("attributed_id", "name", "observed_at_ns", "value", "version", "versions")
+"""Columns of an observation that say what it is worth."""
+
 Progress = Callable[[int, int], object]
 
 
@@ -59,7 +62,10 @@ def join(
         inputs = [one.sha256 if one is not None else "" for one in (entry, rewards, shown)]
         key = key_of("join", VERSION, inputs, cutoff, msgspec.json.encode(point).decode(), segments, among)
         if (old := held.get(("rows", *place))) is None or old.key != key:
-            tables = [None if one is None else lake.read(one) for one in (rewards, shown)]
+            tables = [
+                None if one is None else lake.read(one, names)
+                for one, names in ((rewards, OBSERVED), (shown, ("decision_id", "action")))
+            ]
             decisions = lake.read(entry, list(NEEDED))
             rows, unreadable = joined(
                 decisions, tables[0], tables[1], point, cutoff, segments=segments, conflicting=among, database=database
@@ -127,7 +133,7 @@ def relations(decisions: pa.Table, rewards: pa.Table | None, shown: pa.Table | N
     known = {"decision_id": decisions["decision_id"], "decided_at_ns": decisions["decided_at_ns"]}
     tables = {
         "decisions": pa.table({"row": np.arange(decisions.num_rows), **known}),
-        "rewards": _placed(rewards, ("attributed_id", "name", "observed_at_ns", "value", "version", "versions")),
+        "rewards": _observations(rewards),
     }
     if shown is not None:
         tables["decisions"] = tables["decisions"].append_column("action", _taken(decisions))
@@ -142,11 +148,21 @@ def _taken(decisions: pa.Table) -> pa.Array:
     return actions.values.take(pa.array(first + decisions["chosen"].to_numpy()))
 
 
-def _placed(table: pa.Table | None, names: Sequence[str]) -> pa.Table:
-    if table is None:
-        empty = {"attributed_id": TEXT, "name": TEXT, "observed_at_ns": pa.int64(), "value": pa.float64()}
-        return pa.schema({"place": pa.int64(), **empty, "version": pa.int32(), "versions": pa.int32()}).empty_table()
-    return table.select(list(names)).add_column(0, "place", pa.array(np.arange(table.num_rows)))
+def _observations(rewards: pa.Table | None) -> pa.Table:
+    if rewards is None:
+        kinds = (TEXT, TEXT, pa.int64(), pa.float64(), pa.int32(), pa.int32(), pa.int64(), pa.bool_())
+        return pa.schema(dict(zip((*OBSERVED, "place", "alone"), kinds, strict=True))).empty_table()
+    table = _placed(rewards, OBSERVED).combine_chunks()
+    first, second = table.slice(0, max(table.num_rows - 1, 0)), table.slice(1)  # sorted by decision and name
+    same = pc.and_(pc.equal(first["attributed_id"], second["attributed_id"]), pc.equal(first["name"], second["name"]))
+    same = np.asarray(same.to_numpy(), dtype=np.bool_)
+    together = np.zeros(table.num_rows + 1, dtype=np.bool_)
+    together[1:-1] = same
+    return table.append_column("alone", pa.array(~(together[1:] | together[:-1])))
+
+
+def _placed(table: pa.Table, names: Sequence[str]) -> pa.Table:
+    return table.select(list(names)).append_column("place", pa.array(np.arange(table.num_rows)))
 
 
 def _shown(database: duckdb.DuckDBPyConnection, n: int) -> pa.Array:
@@ -159,7 +175,9 @@ def _shown(database: duckdb.DuckDBPyConnection, n: int) -> pa.Array:
 def outcome(database: duckdb.DuckDBPyConnection, rule: RewardRule, cutoff_ns: int) -> dict[str, pa.Array]:
     """Columns of one reward, by decision."""
     found = database.sql(_sql("join"), params=parameters(rule, cutoff_ns)).to_arrow_table()
-    found = found.take(pc.sort_indices(found["row"].combine_chunks()))
+    row = np.asarray(found["row"].to_numpy())
+    if (row[1:] < row[:-1]).any():  # engines may join in any order, and mostly keep it
+        found = found.take(pa.array(np.argsort(row)))
     kinds = {"value": pa.float64(), "state": TEXT, "delay": pa.int64(), **dict.fromkeys(COUNTS, pa.int32())}
     return {f"{name}.{rule.name}": found[name].cast(kind) for name, kind in kinds.items()}
 

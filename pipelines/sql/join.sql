@@ -1,8 +1,9 @@
 -- What became of one reward of every decision: a pure function of a set of decisions and a set of observations.
 --
 -- decisions(row, decision_id, decided_at_ns)
--- rewards(place, attributed_id, name, observed_at_ns, value, version, versions): `place` orders them by time, then event id;
---     `version` of `versions` counts the values that one event id came with, from 0.
+-- rewards(place, attributed_id, name, observed_at_ns, value, version, versions, alone): `place` orders them by time, then event id;
+--     `version` of `versions` counts the values that one event id came with, from 0; `alone` is true where a decision has no other
+--     observation of that name: most have one, and need no grouping.
 -- $least, $high: the range of an observation; $reversible: whether a negative one takes back an earlier one.
 --
 -- Words that DuckDB, SQLite and Spark share, but for `sum(... order by ...)`: Spark sums unordered, to the last bits.
@@ -11,6 +12,7 @@ with judged as (
         d.row,
         r.place,
         r.value,
+        r.alone,
         r.observed_at_ns - d.decided_at_ns as delay,
         case
             when r.value < $least or r.value > $high then 2
@@ -44,18 +46,34 @@ summed as (
         sum(case when judgement = 0 and value < 0 and $reversible then 1 else 0 end) as reversed,
         max(case when judgement = 3 then 1 else 0 end) as in_conflict
     from judged
+    where not alone
     group by row
 ),
 
-placed as (
+outcomes as (
     select
-        s.*,
+        row,
+        case when judgement = 0 then value end as aggregate,
+        case when judgement = 0 then delay end as delay,
+        case when judgement = 0 then 1 else 0 end as events,
+        case when judgement = 0 and delay < 0 then 1 else 0 end as early,
+        case when judgement = 1 then 1 else 0 end as late,
+        case when judgement = 2 then 1 else 0 end as refused,
+        0 as conflicts,
+        case when judgement = 0 and value < 0 and $reversible then 1 else 0 end as reversed,
+        0 as in_conflict
+    from judged
+    where alone
+    union all
+    select
+        s.row,
         case
             when $aggregation in ('first', 'last') then p.value
             when $aggregation = 'sum' then s.total_value
             when $aggregation = 'min' then s.least_value
             else s.most_value
-        end as aggregate
+        end as aggregate,
+        s.delay, s.events, s.early, s.late, s.refused, s.conflicts, s.reversed, s.in_conflict
     from summed as s
     left join rewards as p on p.place = case when $aggregation = 'first' then s.first_place else s.last_place end
 )
@@ -64,23 +82,23 @@ select
     d.row,
     case
         when d.decided_at_ns + $window_ns > $cutoff_ns then null
-        when p.in_conflict = 1 then null
-        when p.events > 0 then p.aggregate
+        when o.in_conflict = 1 then null
+        when o.events > 0 then o.aggregate
         else $fallback
     end as value,
     case
         when d.decided_at_ns + $window_ns > $cutoff_ns then 'pending'
-        when p.in_conflict = 1 then 'conflict'
-        when p.events > 0 then 'observed'
+        when o.in_conflict = 1 then 'conflict'
+        when o.events > 0 then 'observed'
         when $fallback is null then 'unknown'
         else 'default'
     end as state,
-    p.delay,
-    coalesce(p.events, 0) as events,
-    coalesce(p.early, 0) as early,
-    coalesce(p.late, 0) as late,
-    coalesce(p.refused, 0) as refused,
-    coalesce(p.conflicts, 0) as conflicts,
-    coalesce(p.reversed, 0) as reversed
+    o.delay,
+    coalesce(o.events, 0) as events,
+    coalesce(o.early, 0) as early,
+    coalesce(o.late, 0) as late,
+    coalesce(o.refused, 0) as refused,
+    coalesce(o.conflicts, 0) as conflicts,
+    coalesce(o.reversed, 0) as reversed
 from decisions as d
-left join placed as p on p.row = d.row
+left join outcomes as o on o.row = d.row

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bandits.decision_point import RewardRule, parse_decision_point
+from pipelines.nightly.bodies import features_of
 from pipelines.nightly.ingest import DECISIONS
-from pipelines.nightly.join import joined, parameters
+from pipelines.nightly.join import joined, parameters, relations
 from pipelines.nightly.merging import distinct_rewards, distinct_shown
 from tests.nightly.events import POINT, SECOND, decision, reward, shown, start, table
 
@@ -161,12 +162,12 @@ def test_the_same_text_runs_on_sqlite(rule: RewardRule, events: list[dict[str, A
     )
     connection = apsw.Connection(":memory:")
     connection.execute("create table decisions (row, decision_id, decided_at_ns)")
-    connection.execute("create table rewards (place, attributed_id, name, observed_at_ns, value, version, versions)")
+    connection.execute("create table rewards (place, attributed_id, name, observed_at_ns, value, version, versions, alone)")
     for row, (id_, at) in enumerate(DECIDED.items()):
         connection.execute("insert into decisions values (?, ?, ?)", (row, id_, start() + at * SECOND))
-    for place, one in enumerate(attributed(events).to_pylist()):
-        names = ("attributed_id", "name", "observed_at_ns", "value", "version", "versions")
-        connection.execute("insert into rewards values (?, ?, ?, ?, ?, ?, ?)", (place, *(one[name] for name in names)))
+    for one in relations(decisions(), attributed(events))["rewards"].to_pylist():
+        names = ("place", "attributed_id", "name", "observed_at_ns", "value", "version", "versions", "alone")
+        connection.execute("insert into rewards values (?, ?, ?, ?, ?, ?, ?, ?)", tuple(one[name] for name in names))
     ours = sorted(connection.execute(SQL, parameters(rule, CUTOFF)))
     theirs = [[row, *found(rows)[id_]] for row, id_ in enumerate(DECIDED)]
     assert [tuple(row[2:]) for row in ours] == [tuple(row[2:]) for row in theirs]
@@ -211,6 +212,22 @@ def test_decisions_whose_features_do_not_fit_are_named_and_left_out() -> None:
     assert rows["s.age"].to_pylist() == ["3"]
     assert [id_ for id_, _ in unreadable] == ["d1", "d2"]
     assert "'old'" in unreadable[0][1]
+
+
+def test_features_read_at_once_are_those_read_one_by_one() -> None:
+    names = ("age", "b c", "größe")
+    point = parse_decision_point(
+        POINT + "[features]\ncontext = [" + ",".join(f'{{type = "number", name = "{name}"}}' for name in names) + "]\n"
+    )
+    contexts = [{"age": 3, "b c": -0.1, "größe": 1e-300, "more": "text"}, {"age": 2**53 + 1, "b c": 0.1 + 0.2, "größe": 12345.678}]
+    rows = table("decisions", [decision(f"d{i}", context=context) for i, context in enumerate(contexts)])
+    rows = rows.append_column("unit_hash", pa.array(range(2)))
+    at_once, _ = features_of(rows, point, ())
+    one_by_one, _ = features_of(rows, point, ("more",))
+    for name in names:
+        assert at_once[f"x.{name}"].equals(one_by_one[f"x.{name}"])
+    expected = point.features.batch([{name: context[name] for name in names} for context in contexts], 3).context
+    assert np.stack([at_once[f"x.{name}"] for name in names], axis=1).tolist() == expected.tolist()
 
 
 def test_shares_are_laid_out_by_the_catalogue() -> None:
