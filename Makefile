@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 LIBGOMP := sh -c 'test "$$(id -u)" = 0 && { apt-get install -y libgomp1 || { apt-get update && apt-get install -y libgomp1; }; }'
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test static tests bench-ope bench-bandits bench-logs clean
+.PHONY: demo test static tests faults bench-ope bench-bandits bench-logs bench-nightly clean
 
 demo: .venv/.demo
 	$(BIN)/propel demo
@@ -21,6 +21,10 @@ static: .venv/.dev
 tests: .venv/.dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
+# what `make test` does a few times, many times over: some minutes
+faults: .venv/.dev
+	PROPEL_KILLS=60 $(BIN)/python -m pytest tests/faults tests/nightly/test_ingest.py
+
 bench-ope: .venv/.demo
 	$(BIN)/python -m benchmarks.ope --rounds 1000000 --actions 10
 	$(BIN)/python -m benchmarks.ope --rounds 10000000 --actions 10
@@ -30,6 +34,9 @@ bench-bandits: .venv/.demo
 
 bench-logs: .venv/.demo
 	$(BIN)/python -m benchmarks.logs
+
+bench-nightly: .venv/.demo
+	$(BIN)/python -m benchmarks.nightly
 
 clean:
 	rm -rf .venv propel-demo .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from bandits.decision_point import DecisionPoint
 from bandits.features import LARGEST, FeatureSchema
@@ -31,29 +32,48 @@ def features_of(decisions: pa.Table, point: DecisionPoint, segments: Sequence[st
     if not of_action and not segments and (plain := _plain(raw, schema)) is not None:
         return _columns(plain, None, schema), {}
     with _uncollected():
-        return _one_by_one(decisions, [msgspec.json.decode(body) for body in raw], point, segments)
+        return _one_by_one(decisions, [_parsed(body) for body in raw], point, segments)
 
 
 def _one_by_one(
-    decisions: pa.Table, bodies: Sequence[Any], point: DecisionPoint, segments: Sequence[str]
+    decisions: pa.Table, bodies: Sequence[tuple[Any, list[Any]]], point: DecisionPoint, segments: Sequence[str]
 ) -> tuple[dict[str, Any], dict[int, str]]:
-    schema, catalogue, n = point.features, point.actions.catalogue, len(bodies)
+    schema = point.features
     wanted, of_action = {one.name for one in schema.context}, {one.name for one in schema.action}
-    contexts = [_picked(body.get("context"), wanted) for body in bodies]
+    contexts = [_picked(context, wanted) for context, _ in bodies]
     features: Any = 1
     if of_action:
-        row, place, position = action_positions(decisions, catalogue)
-        k = len(catalogue) or int(position.max(initial=0)) + 1
-        sets: list[list[Any]] = [[{}] * k for _ in range(n)]
-        for i, j, p in zip(row.tolist(), place.tolist(), position.tolist(), strict=True):
-            sets[i][p] = _picked(bodies[i]["actions"][j], of_action)
-        features = sets
+        sets = zip(bodies, pc.list_value_length(decisions["actions"]).to_pylist(), strict=True)
+        features = [[_picked(one, of_action) for one in (actions + [{}] * size)[:size]] for (_, actions), size in sets]
     try:
         batch = schema.batch(contexts, features)
     except InputError:
         return {}, _faults(contexts, features, point)
-    told = [_picked(body.get("context"), set(segments)) for body in bodies] if segments else []
-    return _columns(batch.context, batch.action_features if of_action else None, schema) | _segments(told, segments), {}
+    told = [_picked(context, set(segments)) for context, _ in bodies] if segments else []
+    placed = _placed(decisions, batch.action_features, point) if of_action else None
+    return _columns(batch.context, placed, schema) | _segments(told, segments), {}
+
+
+def _parsed(body: bytes) -> tuple[Any, list[Any]]:
+    """Context and action features of a body; nothing where it is not what a request is logged as: then features are missing."""
+    try:
+        found = msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        found = None
+    if not isinstance(found, dict):
+        return {}, []
+    actions = found.get("actions")
+    return found.get("context"), actions if isinstance(actions, list) else []
+
+
+def _placed(decisions: pa.Table, features: FloatArray, point: DecisionPoint) -> FloatArray:
+    """Features of each row's own actions (n, k, p) where their columns are: a catalogue's places, 0 for those not eligible."""
+    if not point.actions.catalogue:
+        return features
+    row, place, position = action_positions(decisions, point.actions.catalogue)
+    wide = np.zeros((len(features), len(point.actions.catalogue), features.shape[2]))
+    wide[row, position] = features[row, place]
+    return wide
 
 
 def _faults(contexts: Sequence[Any], features: Any, point: DecisionPoint) -> dict[int, str]:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bandits.decision_point import RewardRule, parse_decision_point
+from bandits.events import canonical
 from pipelines.nightly.bodies import features_of
 from pipelines.nightly.ingest import DECISIONS
 from pipelines.nightly.join import joined, parameters, relations
@@ -212,6 +213,27 @@ def test_decisions_whose_features_do_not_fit_are_named_and_left_out() -> None:
     assert rows["s.age"].to_pylist() == ["3"]
     assert [id_ for id_, _ in unreadable] == ["d1", "d2"]
     assert "'old'" in unreadable[0][1]
+
+
+@pytest.mark.parametrize(
+    "body", [b"[]", b"not JSON", b'{"context":3}', b'{"actions":[{}],"context":{"age":1}}', b'{"actions":{},"context":[]}']
+)
+def test_a_body_that_is_no_request_is_named_too(body: bytes) -> None:
+    features = 'context = [{type = "number", name = "age"}]\naction = [{type = "number", name = "fee"}]'
+    point = parse_decision_point(f"{POINT}[features]\n{features}\n")
+    rows = table("decisions", [decision("d0", body=body)]).append_column("unit_hash", pa.array([1]))
+    joined_rows, unreadable = joined(rows, None, None, point, CUTOFF, database=DATABASE)
+    assert (joined_rows.num_rows, [id_ for id_, _ in unreadable]) == (0, ["d0"])
+
+
+def test_action_features_stand_where_the_catalogue_has_their_action() -> None:
+    point = parse_decision_point(POINT + '[features]\naction = [{type = "number", name = "fee"}]\n')
+    body = canonical({"actions": [{"fee": 3.0}, {"fee": 1.0}], "context": {}})
+    one = decision("d0") | {"actions": ["c", "a"], "shares": 2 * (2**30).to_bytes(4, "little"), "body": body}
+    rows = table("decisions", [one]).append_column("unit_hash", pa.array([1]))
+    found, _ = joined(rows, None, None, point, CUTOFF, database=DATABASE)
+    assert [found[f"f.{j}.fee"].to_pylist() for j in range(3)] == [[1.0], [0.0], [3.0]]
+    assert found["action"].to_pylist() == [2]
 
 
 def test_features_read_at_once_are_those_read_one_by_one() -> None:
