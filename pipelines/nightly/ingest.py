@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime as dt
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import resources
@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from ope.data import InputError
 from pipelines.nightly.contract import Judged, judge_decisions, judge_rewards, judge_shown, unit_hashes
-from pipelines.nightly.lake import Entry, Lake, Snapshot
+from pipelines.nightly.lake import Entry, Lake, Snapshot, key_of
 from pipelines.nightly.merging import counts_by, distinct_decisions, distinct_rewards, distinct_shown, runs, united
 from pipelines.nightly.settings import DAY_NS, Settings
 from pipelines.nightly.sources import NUMBERED, SCHEMAS, Kind, Source
@@ -41,7 +41,10 @@ DELIVERIES = pa.schema({"source": TEXT, "policy": TEXT, "delivered": COUNT, "rep
 SEQUENCE = pa.schema({"log_id": TEXT, "first": COUNT, "last": COUNT})
 LAYOUT = pa.schema({"buckets": COUNT})
 SOURCES = pa.schema(
-    {"name": TEXT, "identity": TEXT, "decisions": COUNT, "rewards": COUNT, "shown": COUNT, "rejected": COUNT, "foreign": COUNT}
+    {
+        **dict.fromkeys(("name", "identity", "stamp", "contract"), TEXT),
+        **dict.fromkeys(("decisions", "rewards", "shown", "rejected", "foreign"), COUNT),
+    }
 )
 
 Progress = Callable[[int, int], object]
@@ -79,16 +82,14 @@ def ingest(
     Raises InputError for a source that cannot be read and for a lake of another number of buckets; nothing is then listed.
     """
     _check_buckets(settings, lake, snapshot)
-    listed = lake.frame(snapshot.find("sources"), ["identity"])
-    known = set() if listed is None else set(listed["identity"])
-    fresh = [(source, identity) for source in sources if (identity := source.identity()) not in known]
+    fresh, again = _unread(settings, lake, snapshot, sources)
     if not fresh:
         return Ingested()
     work = lake.folder / ".work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
-        return _Ingest(settings, lake, snapshot, work, progress).run(fresh)
+        return _Ingest(settings, lake, snapshot, work, again, progress).run(fresh)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -96,8 +97,9 @@ def ingest(
 class _Ingest:
     """One ingest: read and check, spread over partitions, merge each with what it held, attribute what came later."""
 
-    def __init__(self, settings: Settings, lake: Lake, snapshot: Snapshot, work: Path, progress: Progress):
+    def __init__(self, settings: Settings, lake: Lake, snapshot: Snapshot, work: Path, again: Set[str], progress: Progress):
         self.settings, self.lake, self.snapshot, self.work, self.progress = settings, lake, snapshot, work, progress
+        self.again = again
         self.points = {point.name: point for point in settings.points}
         self.result = Ingested()
         self.pieces: dict[Place, list[Path]] = defaultdict(list)
@@ -114,7 +116,8 @@ class _Ingest:
         records = []
         for index, (source, identity) in enumerate(fresh):
             self.names.append(source.name)
-            records.append({"name": source.name, "identity": identity, **self._read(index, source)})
+            told = {"name": source.name, "identity": identity, "stamp": source.stamp(), "contract": _contract(self.settings)}
+            records.append(told | self._read(index, source))
             self.progress(index + 1, 2 * len(fresh))
         held = self._merge_decisions()
         places = sorted(held)
@@ -220,12 +223,14 @@ class _Ingest:
 
     def _delivered(self, every: pa.Table, repeated: pa.Table) -> pa.Table:
         """How many decisions each source delivered to a partition, and how many of them were there already, by policy."""
-        again = {(source, policy): count for source, policy, count in counts_by(repeated, ("source", "policy"))}
-        rows = [
-            {"source": self.names[source], "policy": policy, "delivered": count, "repeated": again.get((source, policy), 0)}
-            for source, policy, count in counts_by(every, ("source", "policy"))
-            if source >= 0
-        ]
+        twice = {(source, policy): count for source, policy, count in counts_by(repeated, ("source", "policy"))}
+        rows = []
+        for source, policy, count in counts_by(every, ("source", "policy")):
+            known = twice.get((source, policy), 0)
+            if source >= 0 and self.names[source] in self.again:  # it was delivered once, and is only looked at again
+                count, known = count - known, 0
+            if source >= 0 and count:
+                rows.append({"source": self.names[source], "policy": policy, "delivered": count, "repeated": known})
         return pa.Table.from_pylist(rows, schema=DELIVERIES)
 
     def _list_conflicts(self, database: duckdb.DuckDBPyConnection, held: Mapping[Place, Entry]) -> None:
@@ -317,8 +322,8 @@ class _Ingest:
         database.unregister("later")
 
     def _write_ledgers(self, records: Sequence[Mapping[str, Any]]) -> None:
-        self._append("sources", [pa.Table.from_pylist(list(records), schema=SOURCES)])
-        self._append("rejected", self.rejected)
+        self._append("sources", [pa.Table.from_pylist(list(records), schema=SOURCES)], instead_of="name")
+        self._append("rejected", [REJECTED.empty_table(), *self.rejected], instead_of="source")
         for (point, day), tables in sorted(self.deliveries.items()):
             summed = pa.concat_tables(tables).group_by(["source", "policy"]).aggregate([("delivered", "sum"), ("repeated", "sum")])
             renamed = summed.rename_columns({"delivered_sum": "delivered", "repeated_sum": "repeated"}).select(DELIVERIES.names)
@@ -338,15 +343,40 @@ class _Ingest:
             ]
             self.result.entries.append(self.lake.write("sequence", pa.Table.from_pylist(rows, schema=SEQUENCE)))
 
-    def _append(self, table: str, new: Sequence[pa.Table], point: str = "", day: str = "") -> None:
-        """Rows after those that a ledger had."""
-        if new:
-            old = [self.lake.read(entry) for entry in self.snapshot.find(table, point, [day])]
+    def _append(self, table: str, new: Sequence[pa.Table], point: str = "", day: str = "", *, instead_of: str = "") -> None:
+        """Rows after those that a ledger had; `instead_of`: the column that names sources whose old rows are left out."""
+        old = [self.lake.read(entry) for entry in self.snapshot.find(table, point, [day])]
+        if instead_of:
+            names = pa.array(sorted(self.again), TEXT)
+            old = [one.filter(pc.invert(pc.is_in(one[instead_of], names))) for one in old]
+        if any(one.num_rows for one in new) or old:
             self.result.entries.append(self.lake.write(table, pa.concat_tables([*old, *new]), point=point, day=day))
 
     def _database(self) -> duckdb.DuckDBPyConnection:
         memory = self.settings.file.lake.memory
         return duckdb.connect(config={"memory_limit": memory, "threads": 2, "temp_directory": str(self.work / "duckdb")})
+
+
+def _unread(
+    settings: Settings, lake: Lake, snapshot: Snapshot, sources: Sequence[Source]
+) -> tuple[list[tuple[Source, str]], Set[str]]:
+    """Sources to read, with their identities, and the names of those that were read before.
+
+    A source is read again where records of it were rejected, or another tenant's, and the settings are others now.
+    """
+    read = lake.frame(snapshot.find("sources"))
+    rows = [] if read is None else read.to_dicts()
+    settled = [row for row in rows if not row["rejected"] + row["foreign"] or row["contract"] == _contract(settings)]
+    stamps, known = {(row["name"], row["stamp"]) for row in settled}, {row["identity"] for row in settled}
+    before = {row["identity"] for row in rows}
+    changed = [one for one in sources if (one.name, one.stamp()) not in stamps]
+    fresh = [(one, identity) for one in changed if (identity := one.identity()) not in known]
+    return fresh, {one.name for one, identity in fresh if identity in before}
+
+
+def _contract(settings: Settings) -> str:
+    """Digest of what decides which records are rejected."""
+    return key_of(settings.tenant, settings.points)
 
 
 def _check_buckets(settings: Settings, lake: Lake, snapshot: Snapshot) -> None:

@@ -19,9 +19,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from threadpoolctl import threadpool_limits
 
 from ope.data import InputError
+from pipelines.compare import learners_named
 from pipelines.nightly.certify import certify
 from pipelines.nightly.evaluate import evaluate
 from pipelines.nightly.ingest import ingest
@@ -99,6 +101,7 @@ def nightly(
     Raises BusyError where another night runs, InputError for input that cannot be read, damaged partitions and a full disk: what
     was committed before stays as it is.
     """
+    _check(date, settings)
     lake = open_lake(settings)
     lake.folder.mkdir(parents=True, exist_ok=True)
     night = Night.of(date, settings)
@@ -126,6 +129,7 @@ def nightly(
 
 def plan(date: dt.date, settings: Settings) -> list[str]:
     """What a night would do, in sentences, without doing any of it."""
+    _check(date, settings)
     lake, night = open_lake(settings), Night.of(date, settings)
     snapshot = lake.snapshot()
     listed = lake.frame(snapshot.find("sources"), ["name"])
@@ -138,13 +142,22 @@ def plan(date: dt.date, settings: Settings) -> list[str]:
         held = snapshot.find("decisions", point.name, days)
         rows = sum(entry.rows for entry in held)
         lines.append(
-            f"join, certify: {point.name}: {rows:,} decisions of {len({entry.day for entry in held})} days, {days[0]} to {days[-1]}"
+            f"join, certify: {point.name}: {rows:,} decisions of {len({entry.day for entry in held})} days in the lake so far, "
+            f"{days[0]} to {days[-1]}"
         )
         lines.append(
             f"train, evaluate, select: {point.name}: {', '.join(settings.file.train.learners)} by "
             f"{', '.join(settings.file.evaluate.estimators)} over {', '.join(map(str, settings.file.evaluate.windows))} days"
         )
     return [*lines, f"report: {settings.path(settings.file.reports.folder) / slug(settings.tenant)}"]
+
+
+def _check(date: dt.date, settings: Settings) -> None:
+    """Raise InputError for a date that is not over at its cut-off, when what is still to come would count as not coming."""
+    learners_named(settings.file.train.learners, np.empty(0))
+    cutoff = dt.datetime.fromtimestamp(Night.of(date, settings).cutoff_ns / 10**9, dt.UTC)
+    if cutoff > dt.datetime.now(dt.UTC):
+        raise InputError(f"found {date}, whose night looks at {cutoff:%Y-%m-%d %H:%M} UTC; expected a moment that is over: wait")
 
 
 @contextlib.contextmanager

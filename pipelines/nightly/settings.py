@@ -14,7 +14,7 @@ from bandits.decision_point import DecisionPoint, read_decision_point
 from bandits.events import Id, check_id
 from bandits.toml import read_toml
 from ope.data import InputError
-from ope.estimators import estimator
+from ope.estimators import Estimator, estimator
 
 Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -34,7 +34,7 @@ class Lake(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Parts of a day, by hash of the unit. Fixed once the lake holds something."""
     snapshots: Annotated[int, msgspec.Meta(ge=10)] = 200
     """Manifests kept; files that none of them lists are deleted."""
-    memory: str = "1GB"
+    memory: Annotated[str, msgspec.Meta(pattern=r"^[0-9]+(\.[0-9]+)? ?[KMGT]i?B$")] = "1GB"
     """What DuckDB may hold in memory; more goes to disk."""
 
 
@@ -132,9 +132,10 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         check_id("tenant", self.tenant)
-        for name in (*self.evaluate.estimators, self.select.estimator):
-            if estimator(name).needs.baseline:
-                raise ValueError(f"estimators: found {name}, a difference; expected estimators of a value such as DR")
+        for key, names in (("evaluate.estimators", self.evaluate.estimators), ("select.estimator", (self.select.estimator,))):
+            for name in names:
+                if _estimator(key, name).needs.baseline:
+                    raise ValueError(f"{key}: found {name}, a difference; expected estimators of a value such as DR")
         if self.select.estimator not in self.evaluate.estimators:
             raise ValueError(f"select.estimator: found {self.select.estimator!r}; expected one of evaluate.estimators")
         if max(self.evaluate.windows, default=0) > self.train.days:
@@ -206,6 +207,13 @@ def read_settings(path: Path) -> Settings:
                     f"{path}: evaluate.segments: found {name!r}; expected context features of {point.name}: {sorted(known)}"
                 )
     return Settings(file, points, folder)
+
+
+def _estimator(key: str, name: str) -> Estimator:
+    try:
+        return estimator(name)
+    except InputError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def _check_distinct(names: Sequence[str], path: Path) -> None:

@@ -60,6 +60,10 @@ class Source(Protocol):
         """Digest of all that it holds: a source that was read once is not read again."""
         ...
 
+    def stamp(self) -> str:
+        """Quick to know, and another one where the content changed, such as sizes and times: only then the identity is asked for."""
+        ...
+
     def batches(self, kind: Kind) -> Iterator[pa.Table]:
         """Records of one kind, some at a time, with the columns of `SCHEMAS`. Raises InputError where it cannot be read."""
         ...
@@ -80,6 +84,11 @@ class EventFolder:
         """Digest of the names and contents of the files."""
         parts = [(path.name, file_digest(path)) for path in (self._file(kind) for kind in SCHEMAS) if path.is_file()]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def stamp(self) -> str:
+        """Sizes and times of the files."""
+        found = [(kind, path.stat()) for kind in SCHEMAS if (path := self._file(kind)).is_file()]
+        return " ".join(f"{kind}:{status.st_size}:{status.st_mtime_ns}" for kind, status in found)
 
     def batches(self, kind: Kind) -> Iterator[pa.Table]:
         """Records of one kind."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,8 @@ def train(night: Night, settings: Settings, lake: Lake, snapshot: Snapshot, prog
     for index, point in enumerate(settings.points):
         window = Window.of(night, settings, lake, snapshot, point)
         key = key_of("train", VERSION, point, day, settings.file.train, settings.file.evaluate.uncertified, window.inputs)
-        if not listed(snapshot, ["candidates"], point.name, day, key):
+        made = snapshot.find("candidates", point.name, [day]) if listed(snapshot, ["candidates"], point.name, day, key) else []
+        if not made or not _kept_still(settings, lake, made):
 
             def told(done: int, start: int = index * each) -> None:
                 progress(start + done, len(settings.points) * each)
@@ -52,6 +53,12 @@ def train(night: Night, settings: Settings, lake: Lake, snapshot: Snapshot, prog
             entries.append(lake.write("candidates", TABLES["candidates"].of(records), point=point.name, day=day, key=key))
         progress((index + 1) * each, len(settings.points) * each)
     return entries
+
+
+def _kept_still(settings: Settings, lake: Lake, made: Sequence[Entry]) -> bool:
+    """Whether the registry still has every artifact of these candidates: it may have been pruned."""
+    wanted = {digest for entry in made for digest in lake.read(entry, ["digest"])["digest"].drop_null().to_pylist()}
+    return wanted <= set(Registry(settings.path(settings.file.registry.folder)).listed())
 
 
 def _candidates(window: Window, day: str, learners: dict[str, Learner], progress: Callable[[int], object]) -> list[dict[str, Any]]:

@@ -85,6 +85,14 @@ def test_another_night_holds_the_lake(night: tuple[Path, Result]) -> None:
     assert "another night is running" in result.stderr
 
 
+def test_a_date_that_is_not_over_is_refused(night: tuple[Path, Result]) -> None:
+    folder, _ = night
+    for words in ((), ("--dry-run",)):
+        result = run(folder, "nightly", *words, date=dt.datetime.now(dt.UTC).date())
+        assert result.exit_code == 2
+        assert "expected a moment that is over" in result.stderr
+
+
 def test_damage_and_mistakes_are_named(night: tuple[Path, Result], tmp_path: Path) -> None:
     folder, _ = night
     assert "propel.toml" in run(tmp_path, "nightly").stderr

@@ -217,3 +217,30 @@ def test_a_lake_keeps_its_number_of_buckets(tmp_path: Path) -> None:
     take(config, lake)
     with pytest.raises(InputError, match=r"lake\.buckets: found 8; expected 4"):
         take(settings(tmp_path, more="[lake]\nbuckets = 8\n"), lake)
+
+
+def test_rejected_records_come_back_once_the_settings_are_mended(tmp_path: Path) -> None:
+    config = settings(tmp_path, point=POINT.replace('"b", "c"', '"b"'))
+    lake, _ = lake_of(config)
+    events = [decision("d0") | {"actions": ["a", "b"], "shares": 2 * (TOTAL // 2).to_bytes(4, "little")}, decision("d1")]
+    folder(tmp_path / "inbox" / "one", events, [reward("d1", 3.0, at=9)])
+    counts = take(config, lake).counts
+    assert (counts["decisions"], counts["rejected"], counts["orphan_rewards"]) == (1, 1, 1)
+    assert take(config, lake).entries == []
+    config = settings(tmp_path)
+    counts = take(config, lake).counts
+    assert (counts["decisions"], counts["rejected"], counts["orphan_rewards"]) == (1, 0, 0)
+    assert records(lake, lake.snapshot().find("rejected")) == []
+    delivered = records(lake, lake.snapshot().find("deliveries"))
+    assert (sum(row["delivered"] for row in delivered), sum(row["repeated"] for row in delivered)) == (2, 0)
+    assert rows_of(config, lake)["d1"]["value.reward"] == 3.0
+    assert take(config, lake).entries == []
+
+
+def test_a_folder_that_was_only_touched_is_not_read_again(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    lake, _ = lake_of(config)
+    source = folder(tmp_path / "inbox" / "one", [decision("d0")])
+    take(config, lake)
+    (source.path / "decisions.parquet").touch()
+    assert take(config, lake).entries == []

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from bandits.events import canonical, digest
+from bandits.registry import Registry
 from bandits.sampling import TOTAL, quantise
 from pipelines.nightly.mart import Mart, read_mart
 from pipelines.nightly.run import nightly
-from pipelines.nightly.settings import Settings
+from pipelines.nightly.settings import Settings, read_settings
 from tests.nightly.events import DAY, decision, folder, reward, settings
 from tests.nightly.small_nights import FIRST, SETTINGS, feed
 
@@ -173,3 +174,18 @@ def test_rows_without_a_passed_certificate_are_out_or_labelled_everywhere(tmp_pa
         assert mart.records("estimates")
         assert {row["certified"] for row in mart.records("estimates")} == {False}
         assert "trust" not in {row["verdict"] for table in ("estimates", "differences") for row in mart.records(table)}
+
+
+def test_what_a_pruned_registry_lacks_is_learned_again(tmp_path: Path) -> None:
+    config = feed(tmp_path / "feed", 3000)
+    first = mart_of(config, nightly(FIRST, config))
+    Registry(tmp_path / "feed" / "registry").prune(0)
+    feed_again = read_settings(_with(tmp_path / "feed" / "propel.toml", "[evaluate]", "[evaluate]\nlevel = 0.9"))
+    second = mart_of(feed_again, nightly(FIRST, feed_again))
+    assert {row["digest"] for row in second.records("candidates")} == {row["digest"] for row in first.records("candidates")}
+    assert [row["value"] for row in second.records("estimates")] == [row["value"] for row in first.records("estimates")]
+
+
+def _with(path: Path, old: str, new: str) -> Path:
+    path.write_text(path.read_text().replace(old, new))
+    return path
