@@ -225,6 +225,7 @@ def import_(
     ] = None,
     time: Annotated[str | None, typer.Option(help="exposures: column of the time.")] = None,
     decision_id: Annotated[str | None, typer.Option(help="exposures: column of the decision's id.")] = None,
+    policy: Annotated[str | None, typer.Option(help="exposures: column of the policy that decided.")] = None,
     pass_probability: Annotated[str | None, typer.Option(help="exposures: column of each row's probability of being kept.")] = None,
     pass_in_label: Annotated[
         bool, typer.Option("--pass-in-label", help="dsjson: the label's probability includes that of the line being kept.")
@@ -243,13 +244,13 @@ def import_(
 
         names = tuple(split(context) or ())
         asked = action != "action" or any(
-            one is not None for one in (reward, propensity, traffic, time, decision_id, pass_probability)
+            one is not None for one in (reward, propensity, traffic, time, decision_id, policy, pass_probability)
         )
 
         def table() -> Exposures:
             return Exposures(
                 action=action, reward=reward, propensity=propensity, split=_shares(traffic), decision_id=decision_id, unit=unit,
-                time=time, pass_probability=pass_probability, context=names,
+                time=time, policy=policy, pass_probability=pass_probability, context=names,
             )  # fmt: skip
 
         naming = Naming(decision_point, tenant, reward_name, unit, names or None)

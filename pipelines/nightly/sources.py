@@ -61,7 +61,7 @@ class Source(Protocol):
         ...
 
     def stamp(self) -> str:
-        """Quick to know, and another one where the content changed, such as sizes and times: only then the identity is asked for."""
+        """Quick to know, and another one where the content changed, such as sizes and times: then the identity is asked for."""
         ...
 
     def batches(self, kind: Kind) -> Iterator[pa.Table]:

@@ -187,17 +187,17 @@ def test_what_cannot_be_read_is_2(source: Path, tmp_path: Path) -> None:
 
 def test_a_table_by_options(tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
-    table.write_text("variant,ok,user,at,id,kept,os\nnew,1,u1,2023-05-06,x1,0.5,ios\nold,0,u2,2023-05-06,x2,1,\n")
+    table.write_text("variant,ok,user,at,id,kept,os,by\nnew,1,u1,2023-05-06,x1,0.5,ios,flag@1\nold,0,u2,2023-05-06,x2,1,,flag@2\n")
     options = ("--action", "variant", "--reward", "ok", "--unit", "user", "--time", "at", "--decision-id", "id")
-    more = ("--pass-probability", "kept", "--context", "os", "--split", "old=0.5,new=0.5", "--estimated")
+    more = ("--pass-probability", "kept", "--policy", "by", "--context", "os", "--split", "old=0.5,new=0.5", "--estimated")
     result = run("import", table, "--to", tmp_path / "my events", *options, *more)
     assert result.exit_code == 0
     assert f"propel ope --log '{tmp_path / 'my events' / 'log.parquet'}' --policy uniform --context os" in result.stdout
     assert "at most caution" in result.stdout
     log = pl.read_parquet(tmp_path / "my events" / "log.parquet")
-    assert log.select("decision_id", "action", "unit", "sample_weight", "os").rows() == [
-        ("x1", "new", "u1", 2.0, "ios"),
-        ("x2", "old", "u2", 1.0, None),
+    assert log.select("decision_id", "action", "unit", "policy", "sample_weight", "os").rows() == [
+        ("x1", "new", "u1", "flag@1", 2.0, "ios"),
+        ("x2", "old", "u2", "flag@2", 1.0, None),
     ]
 
 
