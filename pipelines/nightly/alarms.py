@@ -24,6 +24,10 @@ RECENT_DAYS = 7
 """Days up to the date of whose rows some must be certified."""
 
 
+GRAVE = 0.01
+"""Share of records above which a fault in them is an alarm."""
+
+
 @dataclass(frozen=True, slots=True)
 class Day:
     """A decision point's day."""
@@ -113,23 +117,16 @@ def alarms(facts: Facts) -> list[dict[str, Any]]:
     return [*_of_certificates(facts), *_of_nothing(facts), *_of_estimates(facts)]
 
 
-def orphan_alarms(counts: Mapping[str, int], date: str) -> list[dict[str, Any]]:
-    """Of events, by kind, whose decision nobody knows; they belong to no decision point."""
-    found = ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
-    text = "Events wait for decisions that are not known; they are kept, and joined once those arrive."
-    return [_alarm("", "orphans", "caution", date, text, f"{found}.")] if found else []
-
-
 def _of_certificates(facts: Facts) -> Iterator[dict[str, Any]]:
     for rule in _RULES:
         found = [one for one in facts.today.certificates if rule.holds(one)]
         if found:
             opened = _since(facts.days, partial(_any, rule.holds))
             evidence = " ".join(f"{label(one['policy'])}: {rule.evidence(one)}" for one in found)
-            yield _alarm(facts.dp, rule.name, rule.severity, opened, rule.text, evidence)
+            yield alarm(facts.dp, rule.name, rule.severity, opened, rule.text, evidence)
     if facts.today.missing:
         without = sorted(facts.today.policies - {one["policy"] for one in facts.today.certificates})
-        yield _alarm(
+        yield alarm(
             facts.dp, "certificate missing", "alarm", _since(facts.days, lambda day: day.missing),
             "Rows have no logging certificate; estimates leave them out. Run the night again.",
             f"Policies: {', '.join(map(label, without))}.",
@@ -145,25 +142,24 @@ def _of_nothing(facts: Facts) -> Iterator[dict[str, Any]]:
         ends = (
             f"Decisions end {filled[-1].day} UTC, {_nights(late)} late." if filled else f"None in the last {len(facts.days)} days."
         )
-        yield _alarm(
+        yield alarm(
             facts.dp, "no rows", "caution" if filled and late == 1 else "alarm", opened, "No decision arrived on this date.", ends
         )
     if facts.unreadable:
-        yield _alarm(
-            facts.dp, "unreadable", "caution", facts.today.day, "Decisions whose features cannot be read are left out.",
-            f"{facts.unreadable:,} decisions.",
-        )  # fmt: skip
+        severity: Severity = "alarm" if facts.unreadable > GRAVE * facts.today.rows else "caution"
+        text = "Decisions whose features cannot be read are left out."
+        yield alarm(facts.dp, "unreadable", severity, facts.today.day, text, f"{facts.unreadable:,} decisions.")
     if filled and all(day.certificates and not _mature(day) for day in filled):
         age = (dt.date.fromisoformat(facts.today.day) - dt.date.fromisoformat(filled[0].day)).days
         overdue = age * 86_400 > facts.window_seconds
-        yield _alarm(
+        yield alarm(
             facts.dp, "nothing mature", "alarm" if overdue else "caution", filled[0].day,
             "No decision has a mature first reward, so nothing can be valued yet.",
             f"The oldest rows are {age} days old; the reward is known {duration(facts.window_seconds)} after a decision.",
         )  # fmt: skip
     rows = sum(day.rows for day in facts.recent)
     if rows and not any(day.certified for day in facts.recent):
-        yield _alarm(
+        yield alarm(
             facts.dp, "nothing certified", "alarm", _since(facts.days, lambda day: not day.certified),
             f"None of the rows of the last {RECENT_DAYS} days is certified.", f"{rows:,} rows.",
         )  # fmt: skip
@@ -172,7 +168,7 @@ def _of_nothing(facts: Facts) -> Iterator[dict[str, Any]]:
 def _of_estimates(facts: Facts) -> Iterator[dict[str, Any]]:
     if facts.estimates and not any(one["verdict"] in SHOWN for one in facts.estimates):
         reasons = Counter(reason for one in facts.estimates for reason in one["reasons"] or ())
-        yield _alarm(
+        yield alarm(
             facts.dp, "all estimates refused", "alarm", facts.today.day, "No candidate has an estimate that may be shown.",
             min(reasons, key=lambda reason: (-reasons[reason], reason), default="No reason was written."),
         )  # fmt: skip
@@ -201,7 +197,8 @@ def _nights(count: int) -> str:
     return f"{count} night" if count == 1 else f"{count} nights"
 
 
-def _alarm(dp: str, rule: str, severity: Severity, opened: str, text: str, evidence: str) -> dict[str, Any]:
+def alarm(dp: str, rule: str, severity: Severity, opened: str, text: str, evidence: str) -> dict[str, Any]:
+    """A record of the table `alarms`, still open."""
     return {
         "id": key_of(dp, rule, opened)[:32], "dp": dp, "rule": rule, "severity": severity, "opened": opened,
         "closed": None, "text": text, "evidence": evidence,

@@ -19,7 +19,8 @@ from bandits.registry import Registry
 from ope.selection import Shortlist
 from pipelines import charts, tables
 from pipelines.nightly import summary
-from pipelines.nightly.alarms import Day, Facts, alarms, orphan_alarms
+from pipelines.nightly.alarms import Day, Facts, alarms
+from pipelines.nightly.intake import intake_alarms
 from pipelines.nightly.lake import Lake, Snapshot
 from pipelines.nightly.mart import CHOICE_FOLD, HEADLINE_FOLD, SHOWN, WHOLE, Mart, Meta, read_mart, write_mart
 from pipelines.nightly.settings import Night, Settings
@@ -46,10 +47,7 @@ def report(night: Night, settings: Settings, lake: Lake, snapshot: Snapshot) -> 
     days, date = night.days(settings.file.join.lookback_days), night.date.isoformat()
     found = {name: _collected(lake, snapshot, name, settings, days) for name in OF_DAYS}
     found |= {name: _collected(lake, snapshot, name, settings, [date]) for name in OF_NIGHT}
-    points, open_alarms = (
-        [],
-        orphan_alarms({kind: sum(entry.rows for entry in snapshot.find(f"orphan_{kind}")) for kind in ("rewards", "shown")}, date),
-    )
+    points, open_alarms = [], list(intake_alarms(settings, lake, snapshot, days, found["certificates"].to_pylist()))
     for point in settings.points:
         decided = _decided(lake, snapshot, point.name, date)
         facts = _facts(point, found, snapshot, days, frozenset(decided))

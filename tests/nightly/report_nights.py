@@ -14,7 +14,7 @@ from bandits.decision_point import Actions, DecisionPoint, RewardRule
 from pipelines.nightly.lake import Lake, Snapshot
 from pipelines.nightly.mart import Mart, read_mart
 from pipelines.nightly.report import report
-from pipelines.nightly.settings import File, Join, Night, Settings
+from pipelines.nightly.settings import Evaluate, File, Join, Night, Settings, Train
 from pipelines.nightly.tables import TABLES
 
 DATE = dt.date(2026, 11, 22)
@@ -34,13 +34,21 @@ def point(name: str = DP, window_days: float = 3) -> DecisionPoint:
 
 def settings(folder: Path, *points: DecisionPoint) -> Settings:
     names = points or (point(),)
-    file = File("shop", tuple(f"{one.name}.toml" for one in names), join=Join(lookback_days=9))
+    file = File(
+        "shop", tuple(f"{one.name}.toml" for one in names), join=Join(lookback_days=9), train=Train(days=9),
+        evaluate=Evaluate(windows=(1, 7)),
+    )  # fmt: skip
     return Settings(file, names, folder)
 
 
 def decided(policy: str = LIVE, rows: int = 100) -> pa.Table:
     """As much of joined rows as the report reads."""
     return pa.table({"decision_id": [f"{i:05d}" for i in range(rows)], "policy": [policy] * rows})
+
+
+def observed(rows: int, name: str = REWARD) -> pa.Table:
+    """As much of rewards as the report reads."""
+    return pa.table({"decision_id": [f"{i:05d}" for i in range(rows)], "name": [name] * rows})
 
 
 def certificate(day: str = TODAY, verdict: str = "pass", policy: str = LIVE, **more: Any) -> Record:

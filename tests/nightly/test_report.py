@@ -10,6 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from bandits.batch import DecisionBatch
@@ -30,6 +31,7 @@ from tests.nightly.report_nights import (
     DP,
     LIVE,
     REFUSED,
+    REWARD,
     TODAY,
     YESTERDAY,
     certificate,
@@ -39,6 +41,7 @@ from tests.nightly.report_nights import (
     estimate,
     evaluated,
     night,
+    observed,
     point,
     random_columns,
     settings,
@@ -326,14 +329,41 @@ def test_orphans_belong_to_no_decision_point_and_are_said(tmp_path: Path) -> Non
     assert lines(mart)[-1].startswith("caution orphans: Events wait for decisions that are not known")
 
 
-def test_decisions_that_cannot_be_read_are_a_caution(tmp_path: Path) -> None:
+def test_decisions_that_cannot_be_read_are_an_alarm_where_they_are_many(tmp_path: Path) -> None:
     chosen, lake = settings(tmp_path), Lake(tmp_path / "lake")
     write(lake, certified("pass", "pass"), {TODAY: decided(), YESTERDAY: decided()})
     snapshot = lake.commit([lake.write("unreadable", decided(rows=3), point=DP, day=day) for day in (TODAY, YESTERDAY)])
     report(Night.of(DATE, chosen), chosen, lake, snapshot)
     mart = read_mart(tmp_path / "reports", "shop")
-    assert rules(mart) == {"unreadable": ("caution", TODAY)}
+    assert rules(mart) == {"unreadable": ("alarm", TODAY)}
     assert mart.records("alarms")[0]["evidence"] == "3 decisions."
+    snapshot = lake.commit([lake.write("unreadable", decided(rows=1), point=DP, day=TODAY)])
+    report(Night.of(DATE, chosen), chosen, lake, snapshot)
+    assert rules(read_mart(tmp_path / "reports", "shop")) == {"unreadable": ("caution", TODAY)}
+
+
+def test_rewards_of_unknown_names_and_rejected_records_are_said(tmp_path: Path) -> None:
+    chosen, lake = settings(tmp_path), Lake(tmp_path / "lake")
+    write(lake, certified("pass", "pass"), {TODAY: decided(), YESTERDAY: decided()})
+    reasons = pa.table({"reason": ["kind: expected"] * 5 + ["unit: expected"] * 2})
+    sources = pa.table({name: [count] for name, count in {"decisions": 900, "rewards": 93, "shown": 0, "rejected": 7}.items()})
+    written = [lake.write("rewards", observed(4, "buy"), point=DP, day=TODAY), lake.write("sources", sources)]
+    snapshot = lake.commit(
+        [*written, lake.write("rewards", observed(96), point=DP, day=YESTERDAY), lake.write("rejected", reasons)]
+    )
+    report(Night.of(DATE, chosen), chosen, lake, snapshot)
+    mart = read_mart(tmp_path / "reports", "shop")
+    assert rules(mart) == {"rejected": ("caution", TODAY), "unknown rewards": ("alarm", TODAY)}
+    evidence = {row["rule"]: row["evidence"] for row in mart.records("alarms")}
+    assert evidence["rejected"] == "7 of 1,000: 5 kind: expected, 2 unit: expected."
+    assert evidence["unknown rewards"] == f"4 buy; the decision point knows {REWARD}."
+
+
+def test_mature_decisions_without_a_single_reward_are_an_alarm(tmp_path: Path) -> None:
+    found = [certificate(day, mature=60, joined=0) for day in (TODAY, YESTERDAY)]
+    mart = night(tmp_path, {"certificates": found})
+    assert rules(mart)["no rewards"] == ("alarm", TODAY)
+    assert "120 mature decisions" in next(row["evidence"] for row in mart.records("alarms") if row["rule"] == "no rewards")
 
 
 def test_the_same_alarm_keeps_its_id(tmp_path: Path) -> None:
@@ -349,7 +379,7 @@ def test_revisions_are_days_that_were_written_again(tmp_path: Path) -> None:
     write(lake, certified("pass", "pass"), {TODAY: decided(), YESTERDAY: decided()})
     for rows in (110, 120):
         lake.commit([lake.write("rows", decided(rows=rows), point=DP, day=YESTERDAY)])
-    lake.commit([lake.write("rewards", decided(rows=rows), point=DP, day=TODAY) for rows in (1, 2)])
+    lake.commit([lake.write("rewards", observed(rows), point=DP, day=TODAY) for rows in (1, 2)])
     snapshot = lake.commit([lake.write("rows", decided(rows=5), point=DP, day=YESTERDAY, bucket=1)])
     report(Night.of(DATE, chosen), chosen, lake, snapshot)
     (row,) = read_mart(tmp_path / "reports", "shop").records("revisions")
@@ -358,7 +388,7 @@ def test_revisions_are_days_that_were_written_again(tmp_path: Path) -> None:
         "reason": "Rewards matured after the rows were first written.",
     }  # fmt: skip
     for rows in (3, 4):
-        lake.commit([lake.write("rewards", decided(rows=rows), point=DP, day=YESTERDAY)])
+        lake.commit([lake.write("rewards", observed(rows), point=DP, day=YESTERDAY)])
     report(Night.of(DATE, chosen), chosen, lake, lake.snapshot())
     (row,) = read_mart(tmp_path / "reports", "shop").records("revisions")
     assert row["reason"] == "Rewards arrived after the rows were first written."
