@@ -356,7 +356,7 @@ def test_rewards_of_unknown_names_and_rejected_records_are_said(tmp_path: Path) 
     assert rules(mart) == {"rejected": ("caution", TODAY), "unknown rewards": ("alarm", TODAY)}
     evidence = {row["rule"]: row["evidence"] for row in mart.records("alarms")}
     assert evidence["rejected"] == "7 of 1,000: 5 kind: expected, 2 unit: expected."
-    assert evidence["unknown rewards"] == f"4 buy; the decision point knows {REWARD}."
+    assert evidence["unknown rewards"] == f"4 buy; the decision point knows {REWARD}, spend."
 
 
 def test_mature_decisions_without_a_single_reward_are_an_alarm(tmp_path: Path) -> None:
