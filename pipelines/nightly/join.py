@@ -50,31 +50,31 @@ def join(
     days = night.days(settings.file.join.lookback_days)
     partitions = [entry for point in settings.points for entry in snapshot.find("decisions", point.name, days)]
     written: list[Entry] = []
-    database = duckdb.connect(config={"threads": 2})
-    for done, entry in enumerate(partitions):
-        point = settings.point(entry.point)
-        assert point is not None, "partitions of the settings' decision points were asked for"
-        place = (entry.point, entry.day, entry.bucket)
-        rewards, shown = held.get(("rewards", *place)), held.get(("shown", *place))
-        cutoff = _cutoff(night, point, entry.day)
-        among = sorted(conflicting) if conflicting and entry.low <= max(conflicting) and min(conflicting) <= entry.high else []
-        segments = settings.file.evaluate.segments
-        inputs = [one.sha256 if one is not None else "" for one in (entry, rewards, shown)]
-        key = key_of("join", VERSION, inputs, cutoff, msgspec.json.encode(point).decode(), segments, among)
-        if (old := held.get(("rows", *place))) is None or old.key != key:
-            tables = [
-                None if one is None else lake.read(one, names)
-                for one, names in ((rewards, OBSERVED), (shown, ("decision_id", "action")))
-            ]
-            decisions = lake.read(entry, list(NEEDED))
-            rows, unreadable = joined(
-                decisions, tables[0], tables[1], point, cutoff, segments=segments, conflicting=among, database=database
-            )
-            written.append(_write(lake, "rows", rows, place, key))
-            if unreadable or ("unreadable", *place) in held:
-                named = pa.Table.from_pylist([{"decision_id": i, "reason": why} for i, why in unreadable], schema=UNREADABLE)
-                written.append(_write(lake, "unreadable", named, place, key))
-        progress(done + 1, len(partitions))
+    with duckdb.connect(config={"threads": 2}) as database:
+        for done, entry in enumerate(partitions):
+            point = settings.point(entry.point)
+            assert point is not None, "partitions of the settings' decision points were asked for"
+            place = (entry.point, entry.day, entry.bucket)
+            rewards, shown = held.get(("rewards", *place)), held.get(("shown", *place))
+            cutoff = _cutoff(night, point, entry.day)
+            among = sorted(conflicting) if conflicting and entry.low <= max(conflicting) and min(conflicting) <= entry.high else []
+            segments = settings.file.evaluate.segments
+            inputs = [one.sha256 if one is not None else "" for one in (entry, rewards, shown)]
+            key = key_of("join", VERSION, inputs, cutoff, msgspec.json.encode(point).decode(), segments, among)
+            if (old := held.get(("rows", *place))) is None or old.key != key:
+                tables = [
+                    None if one is None else lake.read(one, names)
+                    for one, names in ((rewards, OBSERVED), (shown, ("decision_id", "action")))
+                ]
+                decisions = lake.read(entry, list(NEEDED))
+                rows, unreadable = joined(
+                    decisions, tables[0], tables[1], point, cutoff, segments=segments, conflicting=among, database=database
+                )
+                written.append(_write(lake, "rows", rows, place, key))
+                if unreadable or ("unreadable", *place) in held:
+                    named = pa.Table.from_pylist([{"decision_id": i, "reason": why} for i, why in unreadable], schema=UNREADABLE)
+                    written.append(_write(lake, "unreadable", named, place, key))
+            progress(done + 1, len(partitions))
     return written
 
 
