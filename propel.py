@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -325,19 +323,8 @@ def _interval(kind: IntervalKind, weight_bound: float | None, reward_range: str 
 
 
 def main() -> None:
-    """Run the command line, and leave at once when it is done.
-
-    Native libraries leave threads behind (the one that draws charts does), which now and then abort a process that is being taken
-    down, after all work is done: cron would take that for a failure.
-    """
-    code: object = 0
-    try:
-        app()
-    except SystemExit as done:
-        code = done.code
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+    """Run the command line."""
+    app()
 
 
 if __name__ == "__main__":

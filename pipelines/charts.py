@@ -1,13 +1,18 @@
-"""Charts as inline SVG, drawn in batch: text and axes in the page's own colour, so that they read in light and dark."""
+"""Charts as inline SVG, drawn in batch: text and axes in the page's own colour, so that they read in light and dark.
+
+Functions here say what to draw; `drawn` draws all charts of a page in one process of their own.
+"""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import altair as alt
 import numpy as np
-import vl_convert
 
 from ope import Estimate, Report
 from ope.data import FloatArray
@@ -20,16 +25,38 @@ OTHER = "#b0569c"
 
 WIDTH = 700
 
+Spec: TypeAlias = dict[str, Any]
+"""A chart in Vega-Lite."""
 
-def forest(reports: Mapping[str, Report], baseline: float) -> str:
+
+def drawn(specs: Mapping[str, Spec]) -> dict[str, str]:
+    """SVG of every chart, by name.
+
+    In a child process: threads of the library that draws now and then abort the process that loaded it, when that ends.
+    """
+    if not specs:
+        return {}
+    found = subprocess.run(  # this interpreter, with a module of ours
+        [sys.executable, "-m", "pipelines.draw"],
+        input=json.dumps(list(specs.values())),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if found.returncode:
+        raise RuntimeError(f"drawing {', '.join(specs)} failed: {found.stderr.strip()[-500:]}")
+    return dict(zip(specs, json.loads(found.stdout), strict=True))
+
+
+def forest(reports: Mapping[str, Report], baseline: float) -> Spec:
     """Values with intervals, a band per policy, a mark per main estimator; refused estimates have a word instead of a mark."""
     rows = [
         {"policy": policy, **_point(report[name], name)} for policy, report in reports.items() for name in COLOURS if name in report
     ]
-    return _svg(_forest(rows, _x, baseline, baseline))
+    return _themed(_forest(rows, _x, baseline, baseline))
 
 
-def night_forest(rows: Sequence[Mapping[str, Any]], unit: str, baseline: float | None) -> str:
+def night_forest(rows: Sequence[Mapping[str, Any]], unit: str, baseline: float | None) -> Spec:
     """The same of a night's estimates: `policy`, `estimator`, `value`, `low`, `high`, `verdict`, `certified`; in their order.
 
     Intervals with uncertified rows in are dashed. `unit` is the axis' title. Numbers of refused estimates are None.
@@ -39,10 +66,10 @@ def night_forest(rows: Sequence[Mapping[str, Any]], unit: str, baseline: float |
         return alt.X(f"{name}:Q", title=unit, axis=alt.Axis(tickCount=7), scale=alt.Scale(zero=False))
 
     ends = [row["low"] for row in rows if row["low"] is not None]
-    return _svg(_forest(rows, x, baseline, min(ends, default=0.0) if baseline is None else baseline))
+    return _themed(_forest(rows, x, baseline, min(ends, default=0.0) if baseline is None else baseline))
 
 
-def maturity(rows: Sequence[Mapping[str, Any]]) -> str:
+def maturity(rows: Sequence[Mapping[str, Any]]) -> Spec:
     """Share of decisions with a label by their age, a line per day (`day`, `age_seconds`, `labelled`); the last day is bold."""
     unit, seconds = ("days", 86_400) if max(row["age_seconds"] for row in rows) >= 2 * 86_400 else ("hours", 3600)
     last = max(row["day"] for row in rows)
@@ -57,17 +84,17 @@ def maturity(rows: Sequence[Mapping[str, Any]]) -> str:
         opacity=alt.condition("datum.last", alt.value(1), alt.value(0.3)),
         strokeWidth=alt.condition("datum.last", alt.value(2.5), alt.value(1)),
     )  # fmt: skip
-    return _svg(chart.properties(width=WIDTH, height=180))
+    return _themed(chart.properties(width=WIDTH, height=180))
 
 
-def check(forecasts: Sequence[Estimate], own: Estimate) -> str:
+def check(forecasts: Sequence[Estimate], own: Estimate) -> Spec:
     """Each estimator's forecast with its interval, over the band of the click rate that was measured."""
     rows = [_point(estimate, estimate.estimator) for estimate in forecasts if estimate.verdict != "refused"]
     order = [estimate.estimator for estimate in forecasts]
     y = alt.Y("estimator:N", sort=order, title=None, axis=alt.Axis(ticks=False, domain=False))
     base = alt.Chart(alt.Data(values=rows)).encode(y=y)
     band = alt.Chart(alt.Data(values=[{"low": own.low, "high": own.high, "value": own.value}]))
-    return _svg(
+    return _themed(
         alt.layer(
             band.mark_rect(opacity=0.18, color=COLOURS["IPS"]).encode(x=_x("low"), x2="high:Q"),
             band.mark_rule(strokeDash=[4, 4], color="currentColor").encode(x="value:Q"),
@@ -77,7 +104,7 @@ def check(forecasts: Sequence[Estimate], own: Estimate) -> str:
     )
 
 
-def weights(weight: FloatArray) -> str:
+def weights(weight: FloatArray) -> Spec:
     """Share of rows and share of weight by size of the weight, in bins that double."""
     exponent = np.floor(np.log2(weight)).astype(int)
     rows = []
@@ -97,10 +124,10 @@ def weights(weight: FloatArray) -> str:
             legend=alt.Legend(orient="top", title="share of"),
         ),
     )  # fmt: skip
-    return _svg(chart.properties(width=WIDTH, height=180))
+    return _themed(chart.properties(width=WIDTH, height=180))
 
 
-def portfolio(shortlists: Sequence[Shortlist], knee: int) -> str:
+def portfolio(shortlists: Sequence[Shortlist], knee: int) -> Spec:
     """Four panels over k: what a larger A/B test could gain, and what it risks."""
     panels = {
         "gain": ("expected gain", "~g"),
@@ -120,7 +147,7 @@ def portfolio(shortlists: Sequence[Shortlist], knee: int) -> str:
         )
         panel = alt.layer(base.mark_line(color=COLOURS["DR"]), points)
         charts.append(panel.properties(width=140, height=120, title=alt.Title(title, fontSize=11)))
-    return _svg(alt.hconcat(*charts))
+    return _themed(alt.hconcat(*charts))
 
 
 def _forest(rows: Sequence[Mapping[str, Any]], x: Callable[[str], alt.X], line: float | None, words_at: float) -> Any:
@@ -162,7 +189,7 @@ def _scale(values: Mapping[str, str]) -> alt.Scale:
     return alt.Scale(domain=list(values), range=list(values.values()))
 
 
-def _svg(chart: Any) -> str:
+def _themed(chart: Any) -> Spec:
     text = {"labelColor": "currentColor", "titleColor": "currentColor", "labelFontSize": 11, "titleFontSize": 11}
     themed = (
         chart.configure(
@@ -173,4 +200,4 @@ def _svg(chart: Any) -> str:
         .configure_legend(**text)
         .configure_title(color="currentColor", fontWeight="normal")
     )
-    return str(vl_convert.vegalite_to_svg(themed.to_dict()))
+    return dict(themed.to_dict())

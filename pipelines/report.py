@@ -108,8 +108,12 @@ def _html(found: Demo, conclusion: str) -> str:
         reasons=tables.reasons(found.reports),
         notes=tables.notes(found.reports),
         reverse_reasons=tables.reasons({"uniform": found.reverse}),
-        forest=charts.forest(found.reports, found.reverse_truth.value),
-        check=charts.check(forecasts, found.on_policy),
-        weights=charts.weights(found.reverse_weights),
-        portfolio=charts.portfolio(found.selection.shortlists, found.selection.knee),
+        **charts.drawn(
+            {
+                "forest": charts.forest(found.reports, found.reverse_truth.value),
+                "check": charts.check(forecasts, found.on_policy),
+                "weights": charts.weights(found.reverse_weights),
+                "portfolio": charts.portfolio(found.selection.shortlists, found.selection.knee),
+            }
+        ),
     )

@@ -80,13 +80,13 @@ def render_date(settings: Settings, date: dt.date) -> tuple[Path, list[str]]:
 
 def page(mart: Mart) -> str:
     """The page of a mart: inline charts, no scripts, nothing that is loaded."""
-    made = mart.manifest
+    made, views = mart.manifest, point_views(mart)
     late = None
     if made.data_through is not None:
         late = (dt.date.fromisoformat(made.date) - dt.date.fromisoformat(made.data_through)).days
     return TEMPLATES.get_template("night.html.j2").render(
         mart=made, late=late, built=dt.datetime.fromisoformat(made.built_at).strftime("%Y-%m-%d %H:%M"),
-        views=[(view, _charts(view)) for view in point_views(mart)], revisions=mart.records("revisions"),
+        views=list(zip(views, _charts(views), strict=True)), revisions=mart.records("revisions"),
         alarms=mart.records("alarms"), printed=printed, reasons=reasons, cut=cut, label=label, chance=chance,
         share=share, duration=duration, uncertified=UNCERTIFIED, number=tables.number,
         most=MOST_OTHERS, shapes=SHAPES, choice_fold=CHOICE_FOLD, headline_fold=HEADLINE_FOLD,
@@ -100,9 +100,18 @@ SHAPES = {
 """What stands beside a word, so that nobody needs colour."""
 
 
-def _charts(view: PointView) -> dict[str, str]:
-    """SVG by name, of what there is to draw."""
-    drawn = {"forest": "", "maturity": "", "portfolio": ""}
+CHARTS = ("forest", "maturity", "portfolio")
+
+
+def _charts(views: Sequence[PointView]) -> list[dict[str, str]]:
+    """SVG of each decision point's charts by name; no text where there is nothing to draw."""
+    svgs = charts.drawn({f"{i} {name}": spec for i, view in enumerate(views) for name, spec in _specs(view).items()})
+    return [{name: svgs.get(f"{i} {name}", "") for name in CHARTS} for i in range(len(views))]
+
+
+def _specs(view: PointView) -> dict[str, charts.Spec]:
+    """What there is to draw."""
+    drawn: dict[str, charts.Spec] = {}
     rows = [row for row in view.headline if row["fold"] == HEADLINE_FOLD]
     if any(row["verdict"] in SHOWN for row in rows):
         base = next((row["value"] for row in view.valued if row["policy"] in view.baselines), None)

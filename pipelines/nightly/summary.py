@@ -95,6 +95,9 @@ def _value(view: PointView, row: Record) -> str:
 def _portfolio(view: PointView) -> Iterator[str]:
     knee = view.knee
     if knee is None:
+        whys = [f"{label(row['policy'], 40)}: {row['reason']}" for row in view.shortlist if row["reason"]]
+        if whys:
+            yield f"  portfolio (not graded here): none. {' '.join(whys[:MOST_REASONS])}"
         return
     names = ", ".join(label(policy, 40) for policy in view.tested) or "none worth a test"
     doubt = _doubt(knee)
