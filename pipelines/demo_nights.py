@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +24,7 @@ from pipelines.nightly.lake import open_lake
 from pipelines.nightly.mart import Mart, read_mart
 from pipelines.nightly.run import STEPS, Run, nightly
 from pipelines.nightly.settings import DAY_NS, Settings, read_settings
-from pipelines.nightly.views import PointView, point_views, printed
+from pipelines.nightly.views import PointView, Record, point_views
 
 ITEMS = tuple(str(item) for item in range(80))
 CONTEXT = ("position", *(f"user_feature_{i}" for i in range(4)))
@@ -64,27 +63,28 @@ class Week:
     marts: tuple[Mart, ...]
     killed: Run
     """The night that was killed, as it went on."""
-    folder: Path
+    killed_on: int
+    """Its number, from 1."""
 
 
-def run_week(folder: Path, step: Callable[[str], object]) -> Week:
-    """Seven nights in a folder that is made anew, a day's events arriving before each. `step` is told what is being worked on."""
+def run_week(folder: Path, step: Callable[[str], object], *, nights: int = DAYS, killed_on: int = KILLED_ON) -> Week:
+    """Nights in a folder that is made anew, a day's events arriving before each. `step` is told what is being worked on."""
     step("Sorting the week's events into days")
     shutil.rmtree(folder, ignore_errors=True)
     settings = prepare(folder)
-    days = [FIRST + dt.timedelta(days=number) for number in range(DAYS)]
+    days = [FIRST + dt.timedelta(days=number) for number in range(nights)]
     marts, killed = [], None
     for number, day in enumerate(days, 1):
         arrive(folder, day)
-        if number == KILLED_ON:
-            step(f"Night {number} of {DAYS}: killing it after {KILLED_AFTER}")
+        if number == killed_on:
+            step(f"Night {number} of {nights}: killing it after {KILLED_AFTER}")
             kill_after(day, settings)
-        step(f"Night {number} of {DAYS}")
+        step(f"Night {number} of {nights}")
         run = nightly(day, settings)
-        killed = run if number == KILLED_ON else killed
+        killed = run if number == killed_on else killed
         marts.append(read_mart(folder / "reports", settings.tenant, Path(run.report).name))
     assert killed is not None, "one of the nights was killed"
-    return Week(tuple(marts), killed, folder)
+    return Week(tuple(marts), killed, killed_on)
 
 
 def prepare(folder: Path) -> Settings:
@@ -143,32 +143,32 @@ def kill_after(day: dt.date, settings: Settings) -> None:
 
 def lines(week: Week) -> list[str]:
     """The week in plain text: a line per night, and what the killed one still had to do."""
-    text = ["  night       decisions  certificate  the logging policy           best of fold B by DR, and its difference"]
+    text = ["  night       decisions  certificate  logging policy    best of fold B by DR, less logging"]
     for mart in week.marts:
         view = point_views(mart)[0]
         point = view.point
         text.append(f"  {mart.manifest.date}  {point['decisions']:9,}  {point['verdict']:11}  {_values(view)}")
     done = [one.step for one in week.killed.steps if one.step in STEPS and not one.partitions]
     left = [one.step for one in week.killed.steps if one.step in STEPS and one.partitions]
-    text.append(
-        f"  Night {KILLED_ON} was killed (SIGKILL) once {KILLED_AFTER} was committed. Run again, it found nothing new to do for "
-        f"{', '.join(['ingest', *done])}, and did {', '.join(left)}, report."
-    )
-    return text
+    return [
+        *text,
+        "  ±: half of the 95 % interval.",
+        f"  Night {week.killed_on} was killed (SIGKILL) once {KILLED_AFTER} was committed. Run again,",
+        f"  it found nothing new to do for {', '.join(['ingest', *done])}, and did {', '.join(left)}, report.",
+    ]
 
 
 def _values(view: PointView) -> str:
-    """The logging policy's value, and that of the candidate with the highest one, by the estimator that chooses."""
+    """The logging policy's value, and what the candidate with the highest one is worth more, by the estimator that chooses."""
     known = {row["policy"]: row for row in view.headline if row["estimator"] == view.estimator and row["value"] is not None}
     logging = known.pop("logging", None)
-    own = "no data" if logging is None else _ends(logging)
+    own = "no data" if logging is None else _give_or_take(logging)
     if not known:
-        return f"{own:28} none may be shown"
+        return f"{own:16}  none may be shown"
     best = max(known.values(), key=lambda row: row["value"])
     delta = next((row for row in view.differences if row["policy"] == best["policy"] and row["value"] is not None), None)
-    return f"{own:28} {best['policy'].split('@')[0]} {_ends(best)}" + (f", {_ends(delta, signed=True)}" if delta else "")
+    return f"{own:16}  {best['policy'].split('-20')[0]}" + (f" {_give_or_take(delta, '+')}" if delta else " withheld")
 
 
-def _ends(row: dict[str, Any], *, signed: bool = False) -> str:
-    value, ends = printed(row, signed=signed)
-    return f"{value} ({ends})"
+def _give_or_take(row: Record, sign: str = "") -> str:
+    return f"{row['value']:{sign}.4f} ± {(row['high'] - row['low']) / 2:.4f}"

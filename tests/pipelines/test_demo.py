@@ -14,6 +14,8 @@ import pytest
 from rich.console import Console
 
 from pipelines.demo import THOMPSON, Demo, compute, conclusion, forecasts, print_demo
+from pipelines.demo_nights import lines as nights
+from pipelines.demo_nights import run_week
 from pipelines.importers.open_bandit import open_bandit
 from pipelines.report import write_demo_report
 
@@ -123,3 +125,16 @@ def test_terminal_shows_every_estimator_and_fits_80_columns(found: Demo) -> None
     assert len(re.findall(r"^ *Switch-DR\(10\) +-?[\d.]+", shown, re.MULTILINE)) >= 7  # six candidates, and the check
     assert "…" not in shown
     assert max(len(line) for line in shown.splitlines()) <= 80
+
+
+def test_a_night_of_the_week_is_killed_and_gone_on_with(tmp_path: Path) -> None:
+    week = run_week(tmp_path / "nights", lambda step: None, nights=2, killed_on=2)
+    assert [mart.manifest.date for mart in week.marts] == ["2019-11-24", "2019-11-25"]
+    assert [mart.records("certificates")[0]["verdict"] for mart in week.marts] == ["pass", "pass"]
+    told = {one.step: one.partitions for one in week.killed.steps}
+    assert (told["ingest"], told["join"]) == (0, 0), "done before the kill"
+    assert min(told[step] for step in ("certify", "train", "evaluate", "select")) > 0
+    text = nights(week)
+    assert [line.split()[:3] for line in text[1:3]] == [["2019-11-24", "1,484", "pass"], ["2019-11-25", "1,193", "pass"]]
+    assert "Night 2 was killed (SIGKILL) once join was committed" in text[-2]
+    assert max(map(len, text)) <= 90
