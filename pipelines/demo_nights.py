@@ -143,7 +143,7 @@ def kill_after(day: dt.date, settings: Settings) -> None:
 
 def lines(week: Week) -> list[str]:
     """The week in plain text: a line per night, and what the killed one still had to do."""
-    text = ["  night       decisions  certificate  logging policy    best of fold B by DR, less logging"]
+    text = ["  night       decisions  certificate  logging policy    best by DR, less logging"]
     for mart in week.marts:
         view = point_views(mart)[0]
         point = view.point
@@ -153,8 +153,8 @@ def lines(week: Week) -> list[str]:
     return [
         *text,
         "  ±: half of the 95 % interval.",
-        f"  Night {week.killed_on} was killed (SIGKILL) once {KILLED_AFTER} was committed. Run again,",
-        f"  it found nothing new to do for {', '.join(['ingest', *done])}, and did {', '.join(left)}, report.",
+        f"  Night {week.killed_on} was killed (SIGKILL) once {KILLED_AFTER} was committed. Run again, it had nothing",
+        f"  new to do for {', '.join(['ingest', *done])}, and did {', '.join(left)}, report.",
     ]
 
 

@@ -137,4 +137,4 @@ def test_a_night_of_the_week_is_killed_and_gone_on_with(tmp_path: Path) -> None:
     text = nights(week)
     assert [line.split()[:3] for line in text[1:3]] == [["2019-11-24", "1,484", "pass"], ["2019-11-25", "1,193", "pass"]]
     assert "Night 2 was killed (SIGKILL) once join was committed" in text[-2]
-    assert max(map(len, text)) <= 90
+    assert max(map(len, text)) <= 80
