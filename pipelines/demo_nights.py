@@ -143,7 +143,7 @@ def kill_after(day: dt.date, settings: Settings) -> None:
 
 def lines(week: Week) -> list[str]:
     """The week in plain text: a line per night, and what the killed one still had to do."""
-    text = ["  night       decisions  certificate  logging policy    best by DR, less logging"]
+    text = ["  night       decisions  certificate  logging policy    best by DR less logging"]
     for mart in week.marts:
         view = point_views(mart)[0]
         point = view.point

@@ -10,11 +10,13 @@
 with judged as (
     select
         d.row,
+        d.decided_at_ns,
         r.place,
         r.value,
-        r.alone,
+        coalesce(r.alone, true) as alone,
         r.observed_at_ns - d.decided_at_ns as delay,
         case
+            when r.place is null then null
             when r.value < $least or r.value > $high then 2
             when r.observed_at_ns - d.decided_at_ns > $window_ns then 1
             when r.observed_at_ns - d.decided_at_ns < -$tolerance_ns then 1
@@ -22,37 +24,38 @@ with judged as (
             when r.version > 0 and $conflict = 'first' then 4
             when r.version < r.versions - 1 and $conflict = 'last' then 4
             else 0
-        end as judgement,  -- 0 counts, 1 outside the window, 2 out of range, 3 contradicted, 4 outvoted by the rule
+        end as judgement,  -- null: no observation; 0 counts, 1 outside the window, 2 out of range, 3 contradicted, 4 outvoted by the rule
         case when r.version = 0 and r.versions > 1 then 1 else 0 end as contradicted
-    from rewards as r
-    inner join decisions as d on d.decision_id = r.attributed_id
-    where r.name = $name
+    from decisions as d
+    left join rewards as r on r.attributed_id = d.decision_id and r.name = $name
 ),
 
 summed as (
     select
         row,
+        decided_at_ns,
         min(case when judgement = 0 then place end) as first_place,
         max(case when judgement = 0 then place end) as last_place,
         min(case when judgement = 0 then value end) as least_value,
         max(case when judgement = 0 then value end) as most_value,
         sum(case when judgement = 0 then value end order by place) as total_value,
         min(case when judgement = 0 then delay end) as delay,
-        sum(case when judgement = 0 then 1 else 0 end) as events,
-        sum(case when judgement = 0 and delay < 0 then 1 else 0 end) as early,
-        sum(case when judgement = 1 then 1 else 0 end) as late,
-        sum(case when judgement = 2 then 1 else 0 end) as refused,
-        sum(contradicted) as conflicts,
-        sum(case when judgement = 0 and value < 0 and $reversible then 1 else 0 end) as reversed,
+        cast(sum(case when judgement = 0 then 1 else 0 end) as integer) as events,
+        cast(sum(case when judgement = 0 and delay < 0 then 1 else 0 end) as integer) as early,
+        cast(sum(case when judgement = 1 then 1 else 0 end) as integer) as late,
+        cast(sum(case when judgement = 2 then 1 else 0 end) as integer) as refused,
+        cast(sum(contradicted) as integer) as conflicts,
+        cast(sum(case when judgement = 0 and value < 0 and $reversible then 1 else 0 end) as integer) as reversed,
         max(case when judgement = 3 then 1 else 0 end) as in_conflict
     from judged
     where not alone
-    group by row
+    group by row, decided_at_ns
 ),
 
 outcomes as (
     select
         row,
+        decided_at_ns,
         case when judgement = 0 then value end as aggregate,
         case when judgement = 0 then delay end as delay,
         case when judgement = 0 then 1 else 0 end as events,
@@ -67,6 +70,7 @@ outcomes as (
     union all
     select
         s.row,
+        s.decided_at_ns,
         case
             when $aggregation in ('first', 'last') then p.value
             when $aggregation = 'sum' then s.total_value
@@ -79,26 +83,25 @@ outcomes as (
 )
 
 select
-    d.row,
+    row,
     case
-        when d.decided_at_ns + $window_ns > $cutoff_ns then null
-        when o.in_conflict = 1 then null
-        when o.events > 0 then o.aggregate
+        when decided_at_ns + $window_ns > $cutoff_ns then null
+        when in_conflict = 1 then null
+        when events > 0 then aggregate
         else $fallback
     end as value,
     case
-        when d.decided_at_ns + $window_ns > $cutoff_ns then 'pending'
-        when o.in_conflict = 1 then 'conflict'
-        when o.events > 0 then 'observed'
+        when decided_at_ns + $window_ns > $cutoff_ns then 'pending'
+        when in_conflict = 1 then 'conflict'
+        when events > 0 then 'observed'
         when $fallback is null then 'unknown'
         else 'default'
     end as state,
-    o.delay,
-    coalesce(o.events, 0) as events,
-    coalesce(o.early, 0) as early,
-    coalesce(o.late, 0) as late,
-    coalesce(o.refused, 0) as refused,
-    coalesce(o.conflicts, 0) as conflicts,
-    coalesce(o.reversed, 0) as reversed
-from decisions as d
-left join outcomes as o on o.row = d.row
+    delay,
+    events,
+    early,
+    late,
+    refused,
+    conflicts,
+    reversed
+from outcomes

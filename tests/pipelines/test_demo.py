@@ -124,7 +124,7 @@ def test_terminal_shows_every_estimator_and_fits_80_columns(found: Demo) -> None
     shown = console.file.getvalue()
     assert len(re.findall(r"^ *Switch-DR\(10\) +-?[\d.]+", shown, re.MULTILINE)) >= 7  # six candidates, and the check
     assert "…" not in shown
-    assert max(len(line) for line in shown.splitlines()) <= 80
+    assert max(len(line) for line in shown.splitlines()) <= 80, text
 
 
 def test_a_night_of_the_week_is_killed_and_gone_on_with(tmp_path: Path) -> None:
@@ -137,4 +137,4 @@ def test_a_night_of_the_week_is_killed_and_gone_on_with(tmp_path: Path) -> None:
     text = nights(week)
     assert [line.split()[:3] for line in text[1:3]] == [["2019-11-24", "1,484", "pass"], ["2019-11-25", "1,193", "pass"]]
     assert "Night 2 was killed (SIGKILL) once join was committed" in text[-2]
-    assert max(map(len, text)) <= 80
+    assert max(map(len, text)) <= 80, text
