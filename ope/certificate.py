@@ -24,21 +24,25 @@ from scipy.special import chdtrc, stdtrit
 from ope.data import BoolArray, FloatArray, InputError, IntArray
 from ope.draws import CAPS, EDGES, TAIL_CELLS, TAIL_SHARE, TAIL_STEP, Tally
 
-Family: TypeAlias = Literal["weights", "actions", "omnibus", "caps", "probabilities", "cells", "contexts", "columns"]
+Family: TypeAlias = Literal["weights", "actions", "greedy", "omnibus", "caps", "probabilities", "cells", "contexts", "columns"]
 
 ALLOTTED: Mapping[str, float] = {
-    "weights": 0.10,  # mean weight of the uniform policy, 1 test
+    "weights": 0.05,  # mean weight of the uniform policy, 1 test
     "actions": 0.15,  # each action's frequency: finds a fallback logged as sampled, lost rows of an action
+    "greedy": 0.15,  # mean weight of the greedy policy, 1 test: finds a fallback to the most probable action
     "omnibus": 0.05,  # chi-square over actions, where counts are large: the same, spread over actions
     "caps": 0.15,  # propensities beyond each of 8 caps: finds a probability written before a cap, or sharper than the sampler
-    "probabilities": 0.10,  # by the probability written, all actions together: finds a floor left out, or rounding
-    "cells": 0.10,  # by the probability written, each action: finds what happens to one action only where it is rare or sure
+    "probabilities": 0.05,  # by the probability written, all actions together: finds a floor left out, or rounding
+    "cells": 0.05,  # by the probability written, each action: finds what happens to one action only where it is rare or sure
     "contexts": 0.10,  # each context column x each action: finds rows lost by context and action
     "columns": 0.10,  # chi-square over actions along each context column, where counts are large: the same, spread over actions
     "join": 0.10,  # join rate against earlier days
     "shown": 0.05,  # not-shown against the action
 }
 """Shares of the false-alarm probability. Inside a family it is divided by the number of its tests (Bonferroni)."""
+
+UPWARD = 0.9
+"""Part of the greedy policy's share for weights above 1, where fallbacks lie; the rest is for weights below."""
 
 BINS = [f"{low:.2f} to {high:.2f}" for low, high in zip([0.0, *EDGES[1:]], [*EDGES[1:], 1.0], strict=True)]
 
@@ -55,7 +59,7 @@ LAMBDAS = 0.9 * 0.5 ** np.arange(24.0)
 class Finding:
     """One test. Expected and observed are shares of its `rows`.
 
-    Other families have: weights, 1 and the mean; omnibus and columns, degrees of freedom and the statistic; contexts, 0 and the
+    Other families have: weights and greedy, 1 and the mean; omnibus and columns, degrees of freedom and the statistic; contexts, 0 and the
     mean product of the standardised column and (taken - probability); caps, 0 and the mean excess over what is expected.
     """
 
@@ -102,28 +106,30 @@ class Examination:
         return min(found, key=lambda one: (one.p, -abs(one.z))) if found else None
 
 
-def bernstein_p(total: FloatArray, variance: FloatArray, bound: FloatArray | float) -> FloatArray:
-    """Two-sided p-values of sums of centred terms: 2 exp(-t² / (2 (V + b t / 3))), at most 1.
+def bernstein_p(total: FloatArray, variance: FloatArray, bound: FloatArray | float, share: float = 0.5) -> FloatArray:
+    """Two-sided p-values of sums of centred terms: exp(-t² / (2 (V + b t / 3))) / share, at most 1.
 
     `variance`: of the sum, known; `bound`: no term is larger in the direction of the total. Bernstein 1946; Freedman 1975.
+    `share`: part of the false alarms that this direction has; the other has the rest.
     """
     size = np.abs(total)
     scale = 2 * (variance + bound * size / 3)
     exponent = np.divide(size**2, scale, out=np.zeros_like(scale), where=scale > 0)
-    return np.minimum(1.0, 2 * np.exp(-exponent))
+    return np.minimum(1.0, np.exp(-exponent) / share)
 
 
-def squares_p(total: FloatArray, squares: FloatArray, bound: FloatArray | float) -> FloatArray:
+def squares_p(total: FloatArray, squares: FloatArray, bound: FloatArray | float, share: float = 0.5) -> FloatArray:
     """Two-sided p-values of sums of centred terms, given the sum of their squares (variances, where known, may stand among them).
 
     For λ in (0, 1), exp(λ Σξ - (-log(1 - λ) - λ) Σξ²) has mean at most 1 where every ξ = term / bound is at least -1 (Fan, Grama &
-    Liu 2015, as in Howard et al. 2021); so has its mean over several λ and both signs, and p is at most one over that (Ville).
+    Liu 2015, as in Howard et al. 2021); so has its mean over several λ and both signs, and p is at most one over that (Ville). `share`: weight of the total's sign.
     """
     scaled, spread = np.abs(total / bound)[..., None], (squares / np.square(bound))[..., None]
     penalty = (-np.log1p(-LAMBDAS) - LAMBDAS) * spread
     logs = np.concatenate((LAMBDAS * scaled - penalty, -LAMBDAS * scaled - penalty), axis=-1)
     top = logs.max(axis=-1)
-    evidence = top + np.log(np.exp(logs - top[..., None]).mean(axis=-1))
+    sides = np.repeat([share, 1 - share], len(LAMBDAS)) / len(LAMBDAS)
+    evidence = top + np.log(np.exp(logs - top[..., None]) @ sides)
     return np.exp(-np.maximum(evidence, 0.0))
 
 
@@ -143,6 +149,7 @@ def examine(total: Tally, false_alarm: float, actions: Sequence[str], columns: S
             known = int(sums["known"])
             findings.append(Finding("omnibus", "all actions", known, df, chi2, math.nan, chi2_p, alpha["omnibus"]))
         findings += _action_findings(total, alpha["actions"], actions)
+        findings.append(_greedy_finding(total, alpha["greedy"]))
         findings += _cap_findings(total, alpha["caps"])
         findings += _cell_findings(total, alpha, actions)
         findings += _context_findings(total, alpha, actions, columns)
@@ -160,13 +167,18 @@ def examine(total: Tally, false_alarm: float, actions: Sequence[str], columns: S
     )  # fmt: skip
 
 
-def _p(total: Tally, sums: FloatArray, spread: FloatArray, bound: FloatArray | float) -> FloatArray:
-    """p-values by the known variance, or, where the log was sampled, by sums of squares; then every term is within 1 x times.
+def _p(
+    total: Tally, sums: FloatArray, spread: FloatArray, bound: FloatArray | float, share: float = 0.5
+) -> FloatArray:
+    """p-values by the known variance, or, where the log was sampled, by sums of squares; then every term is within
+    1 x times, or `bound` x times.
 
-    `bound`: of a term in the direction of its sum.
+    `bound`: of a term in the direction of its sum; `share`: part of the false alarms in that direction.
     """
     times = float(total.highs["times"])
-    return bernstein_p(sums, spread, bound) if times == 1 else squares_p(sums, spread, times * np.maximum(bound, 1.0))
+    if times == 1:
+        return bernstein_p(sums, spread, bound, share)
+    return squares_p(sums, spread, times * np.maximum(bound, 1.0), share)
 
 
 def _smallest(p: FloatArray, tested: BoolArray) -> float:
@@ -185,6 +197,16 @@ def _weight_finding(total: Tally, alpha: float) -> Finding:
     return Finding(
         "weights", "uniform policy", total.rows, 1.0, float(sums["weight"] / sums["reach"]), _z(excess, spread), float(p), alpha
     )
+
+
+def _greedy_finding(total: Tally, alpha: float) -> Finding:
+    sums, most, times = total.sums, float(total.highs["greedy"]), float(total.highs["times"])
+    excess, spread = sums["greedy"], sums["greedy_spread"]
+    up = bool(excess > 0)
+    bound = most if up else max(1.0, most * (times > 1))  # sums of squares are bounded on both sides
+    p = float(_p(total, excess, spread, bound, UPWARD if up else 1 - UPWARD)) if spread > 0 else 1.0
+    observed = float(1 + excess / sums["known_times"])
+    return Finding("greedy", "most probable action", int(sums["known"]), 1.0, observed, _z(excess, spread), p, alpha)
 
 
 def _action_findings(total: Tally, alpha: float, actions: Sequence[str]) -> list[Finding]:
@@ -357,6 +379,18 @@ def explain(one: Finding) -> str:
         return (
             f"Weights of the uniform policy average {one.observed:.4g} where 1 is expected {sure}: "
             "logged propensities are not what was sampled, or rows are missing. See what the other tests name."
+        )
+    if one.family == "greedy":
+        advice = (
+            "a fallback to the best action may be logged as sampled, or rows of other actions are missing: log its kind, count "
+            "every hop"
+            if more
+            else "its rows may be missing, or the sampler draws more evenly than it logs: count every hop, log the vector that is "
+            "drawn from"
+        )
+        return (
+            f"The most probable action was taken {'more often' if more else 'less often'} than its propensities say: its weights "
+            f"average {one.observed:.4g} where 1 is expected {sure}: {advice}."
         )
     if one.family == "omnibus":
         return (

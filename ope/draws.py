@@ -196,6 +196,7 @@ def _calibration(rows: Draws) -> Tally:
     exact = residual[~sampled[:, 0]].shape[0] == n
     covariance = np.diag(expected.T @ np.ones(n)) - vectors.T @ vectors if exact else residual.T @ residual
     beyond, beyond_spread, beyond_mean = _beyond(rows.action, vectors, times)
+    greedy, greedy_spread, greedy_most = _greedy(rows.action, vectors, times)
     x, square, ones = rows.context, rows.context**2, np.ones(n)
     joint = _joint(residual, vectors, sampled, x, square) if k <= JOINT else {}
     return Tally(
@@ -205,12 +206,12 @@ def _calibration(rows: Draws) -> Tally:
             "cell_pairs": by(cell, None, (cells, k)), "cell_times": by(cell, np.repeat(times, k), (cells, k)),
             "cell_expected": by(cell, expected, (cells, k)), "cell_observed": by(cell, observed, (cells, k)),
             "cell_spread": by(cell, spread, (cells, k)), "bin_spread": ones @ row_spread,
-            "beyond": beyond, "beyond_spread": beyond_spread,
+            "beyond": beyond, "beyond_spread": beyond_spread, "greedy": greedy, "greedy_spread": greedy_spread,
             "x": ones @ x, "x_square": ones @ square, "x_residual": x.T @ residual, "residual": ones @ residual,
             "x_spread": x.T @ spread, "x_square_spread": square.T @ spread, **joint,
         },
         {"x": x.min(axis=0, initial=np.inf)},
-        {"x": x.max(axis=0, initial=-np.inf), "beyond_mean": beyond_mean},
+        {"x": x.max(axis=0, initial=-np.inf), "beyond_mean": beyond_mean, "greedy": greedy_most},
     )  # fmt: skip
 
 
@@ -229,6 +230,19 @@ def _beyond(action: IntArray, vectors: FloatArray, times: FloatArray) -> tuple[F
         spreads[i] = np.where(times == 1, np.einsum("ij,ij,ij->i", vectors, excess, excess) - mean**2, total**2).sum()
         largest[i] = mean.max(initial=0.0)
     return totals, spreads, largest
+
+
+def _greedy(action: IntArray, vectors: FloatArray, times: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Weights of the policy that takes the first of the most probable actions, less 1: their sum, its spread, the largest one.
+
+    This is the likelihood ratio of some rows on which that action was taken whatever was drawn. Its variance is 1/p - 1.
+    """
+    top = vectors.argmax(axis=1)
+    most = vectors[np.arange(len(top)), top]
+    excess = np.divide(1.0, most, out=np.ones_like(most), where=most > 0) - 1
+    term = times * np.where(action == top, excess, -1.0) * (most > 0)
+    spread = np.where(times == 1, excess, term**2)
+    return np.array(term.sum()), np.array(spread.sum()), np.array(excess.max(initial=0.0))
 
 
 def _joint(

@@ -80,7 +80,13 @@ def report(date: Date = None, config: Config = Path("propel.toml"), as_json: AsJ
 
 
 def _day(date: dt.datetime | None) -> dt.date:
-    return dt.datetime.now(dt.UTC).date() - dt.timedelta(days=1) if date is None else date.date()
+    """The date asked for, or yesterday. Raises InputError for one that nanoseconds since 1970 cannot count."""
+    from ope.data import InputError
+
+    day = dt.datetime.now(dt.UTC).date() - dt.timedelta(days=1) if date is None else date.date()
+    if not 1970 <= day.year <= 2115:
+        raise InputError(f"found --date {day}; expected one from 1970 to 2115")
+    return day
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from bandits.decision_point import DecisionPoint
-from bandits.events import KINDS, digest
+from bandits.events import KINDS, SCHEMA_VERSION, digest
 from bandits.sampling import TOTAL
 from ope.data import BoolArray, IntArray
 
@@ -56,6 +56,7 @@ def judge_decisions(table: pa.Table, tenant: str, points: Mapping[str, DecisionP
     """Decisions against `bandits.events.Decision` and the decision points."""
     table = table.combine_chunks()
     judge, ours = _Judge(table.num_rows), _ours(table, tenant)
+    _check_version(judge, table)
     for name in ("tenant", "decision_id", "unit", "policy", "decision_point"):
         _check_ids(judge, table, name)
     for name in ("session", "parent", "experiment", "arm"):
@@ -74,9 +75,10 @@ def judge_decisions(table: pa.Table, tenant: str, points: Mapping[str, DecisionP
 def judge_rewards(table: pa.Table, tenant: str) -> Judged:
     """Rewards against `bandits.events.Reward`. Ranges are judged where they are joined: only there is the decision known."""
     judge, ours = _Judge(table.num_rows), _ours(table, tenant)
+    _check_version(judge, table)
     for name in ("tenant", "decision_id", "name"):
         _check_ids(judge, table, name)
-    _check_ids(judge, table, "event_id", optional=True)
+    _check_ids(judge, table, "event_id")
     for name in ("observed_at_ns", "received_at_ns"):
         _check_times(judge, table, name)
     judge.reject(~np.isfinite(_floats(table, "value")), "value: expected a finite number")
@@ -86,6 +88,7 @@ def judge_rewards(table: pa.Table, tenant: str) -> Judged:
 def judge_shown(table: pa.Table, tenant: str) -> Judged:
     """Shown events against `bandits.events.Shown`."""
     judge, ours = _Judge(table.num_rows), _ours(table, tenant)
+    _check_version(judge, table)
     for name in ("tenant", "decision_id"):
         _check_ids(judge, table, name)
     _check_ids(judge, table, "action", optional=True)
@@ -103,8 +106,8 @@ def action_positions(table: pa.Table, catalogue: tuple[str, ...]) -> tuple[IntAr
     if not catalogue:
         return row, place, place
     coded = actions.flatten().dictionary_encode()
-    known = pc.index_in(coded.dictionary, pa.array(catalogue)).fill_null(-1).to_numpy()
-    return row, place, known[coded.indices.to_numpy()].astype(np.int64)
+    known = np.append(pc.index_in(coded.dictionary, pa.array(catalogue, pa.string())).fill_null(-1).to_numpy(), -1)
+    return row, place, known[coded.indices.fill_null(len(known) - 1).to_numpy()].astype(np.int64)
 
 
 def flat_shares(table: pa.Table) -> tuple[IntArray, IntArray]:
@@ -125,6 +128,12 @@ def unit_hashes(units: pa.ChunkedArray) -> IntArray:
 
 def _ours(table: pa.Table, tenant: str) -> BoolArray:
     return np.asarray(pc.fill_null(pc.equal(table["tenant"], tenant), True).to_numpy(), dtype=np.bool_)
+
+
+def _check_version(judge: _Judge, table: pa.Table) -> None:
+    version = table["schema_version"]
+    known = pc.and_kleene(pc.greater_equal(version, 1), pc.less_equal(version, SCHEMA_VERSION))
+    judge.reject(pc.invert(known), f"schema_version: expected 1 to {SCHEMA_VERSION}, those that this version reads")
 
 
 def _check_ids(judge: _Judge, table: pa.Table, name: str, *, optional: bool = False) -> None:
@@ -152,6 +161,10 @@ def _check_actions(judge: _Judge, table: pa.Table, points: Mapping[str, Decision
     actions = table["actions"].combine_chunks()
     judge.reject(actions.is_null(), "actions: expected a list")
     lengths = np.asarray(pc.fill_null(pc.list_value_length(actions), 0).to_numpy()).astype(np.int64)
+    nulls = np.zeros(n, dtype=np.bool_)
+    row_of, *_ = action_positions(table, ())
+    nulls[row_of[np.asarray(actions.flatten().is_null().to_numpy(zero_copy_only=False), dtype=np.bool_)]] = True
+    judge.reject(nulls, "actions: expected texts")
     judge.reject(lengths == 0, "actions: expected at least one eligible action")
     chosen = np.asarray(table["chosen"].fill_null(-1).to_numpy()).astype(np.int64)
     judge.reject((chosen < 0) | (chosen >= lengths), "chosen: expected an index into the actions")
@@ -162,7 +175,7 @@ def _check_actions(judge: _Judge, table: pa.Table, points: Mapping[str, Decision
             row, _, position = action_positions(table, catalogue)
             unknown = np.bincount(row, weights=position < 0, minlength=n) > 0
             judge.reject(unknown & of_point, f"actions: expected those of the catalogue of {name}")
-    row, _, code = action_positions(table, tuple(sorted(set(pc.unique(actions.flatten()).to_pylist()))))
+    row, _, code = action_positions(table, tuple(sorted(set(pc.unique(actions.flatten()).drop_null().to_pylist()))))
     pairs = row * (int(code.max(initial=0)) + 1) + code
     ordered = np.sort(pairs)
     if (ordered[1:] == ordered[:-1]).any():

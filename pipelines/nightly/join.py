@@ -24,7 +24,7 @@ from pipelines.nightly.lake import Entry, Lake, Snapshot, key_of
 from pipelines.nightly.rows import COUNTS
 from pipelines.nightly.settings import DAY_NS, Night, Settings, day_start_ns
 
-VERSION = 1
+VERSION = 2
 
 TEXT = pa.string()
 UNREADABLE = pa.schema({"decision_id": TEXT, "reason": TEXT})
@@ -34,7 +34,7 @@ KEPT = ("decision_id", "decided_at_ns", "policy", "kind", "propensity", "pass_pr
 
 NEEDED = (*KEPT, "unit_hash", "actions", "shares", "chosen", "body")
 
-OBSERVED = ("attributed_id", "name", "observed_at_ns", "value", "version", "versions")
+OBSERVED = ("attributed_id", "decision_id", "event_id", "name", "observed_at_ns", "value", "version")
 """Columns of an observation that say what it is worth."""
 
 Progress = Callable[[int, int], object]
@@ -56,12 +56,14 @@ def join(
             assert point is not None, "partitions of the settings' decision points were asked for"
             place = (entry.point, entry.day, entry.bucket)
             rewards, shown = held.get(("rewards", *place)), held.get(("shown", *place))
-            cutoff = _cutoff(night, point, entry.day)
+            old = held.get(("rows", *place))
+            # an older night takes nothing back
+            cutoff = max(_cutoff(night, point, entry.day), 0 if old is None else old.cutoff_ns)
             among = sorted(conflicting) if conflicting and entry.low <= max(conflicting) and min(conflicting) <= entry.high else []
             segments = settings.file.evaluate.segments
             inputs = [one.sha256 if one is not None else "" for one in (entry, rewards, shown)]
             key = key_of("join", VERSION, inputs, cutoff, msgspec.json.encode(point).decode(), segments, among)
-            if (old := held.get(("rows", *place))) is None or old.key != key:
+            if old is None or old.key != key:
                 tables = [
                     None if one is None else lake.read(one, names)
                     for one, names in ((rewards, OBSERVED), (shown, ("decision_id", "action")))
@@ -70,7 +72,7 @@ def join(
                 rows, unreadable = joined(
                     decisions, tables[0], tables[1], point, cutoff, segments=segments, conflicting=among, database=database
                 )
-                written.append(_write(lake, "rows", rows, place, key))
+                written.append(_write(lake, "rows", rows, place, key, cutoff))
                 if unreadable or ("unreadable", *place) in held:
                     named = pa.Table.from_pylist([{"decision_id": i, "reason": why} for i, why in unreadable], schema=UNREADABLE)
                     written.append(_write(lake, "unreadable", named, place, key))
@@ -150,7 +152,7 @@ def _taken(decisions: pa.Table) -> pa.Array:
 
 def _observations(rewards: pa.Table | None) -> pa.Table:
     if rewards is None:
-        kinds = (TEXT, TEXT, pa.int64(), pa.float64(), pa.int32(), pa.int32(), pa.int64(), pa.bool_())
+        kinds = (TEXT, TEXT, TEXT, TEXT, pa.int64(), pa.float64(), pa.int32(), pa.int64(), pa.bool_())
         return pa.schema(dict(zip((*OBSERVED, "place", "alone"), kinds, strict=True))).empty_table()
     table = _placed(rewards, OBSERVED).combine_chunks()
     first, second = table.slice(0, max(table.num_rows - 1, 0)), table.slice(1)  # sorted by decision and name
@@ -185,7 +187,7 @@ def outcome(database: duckdb.DuckDBPyConnection, rule: RewardRule, cutoff_ns: in
 def parameters(rule: RewardRule, cutoff_ns: int) -> dict[str, Any]:
     """What join.sql is told of a reward's rule."""
     return {
-        "name": rule.name, "least": rule.least, "high": rule.high, "reversible": rule.reversible,
+        "name": rule.name, "least": rule.least, "low": rule.low, "high": rule.high, "reversible": rule.reversible,
         "window_ns": _ns(rule.window_seconds), "tolerance_ns": _ns(rule.clock_tolerance_seconds), "aggregation": rule.aggregation,
         "conflict": rule.conflict, "fallback": rule.at_maturity, "cutoff_ns": cutoff_ns,
     }  # fmt: skip
@@ -218,9 +220,9 @@ def _ns(seconds: float) -> int:
     return int(seconds * 10**9)
 
 
-def _write(lake: Lake, table: str, rows: pa.Table, place: tuple[str, str, int], key: str) -> Entry:
+def _write(lake: Lake, table: str, rows: pa.Table, place: tuple[str, str, int], key: str, cutoff_ns: int = 0) -> Entry:
     point, day, bucket = place
-    return lake.write(table, rows, point=point, day=day, bucket=bucket, key=key, id_column="decision_id")
+    return lake.write(table, rows, point=point, day=day, bucket=bucket, key=key, cutoff_ns=cutoff_ns, id_column="decision_id")
 
 
 def _sql(name: str) -> str:

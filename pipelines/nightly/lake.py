@@ -54,6 +54,8 @@ class Entry(msgspec.Struct, frozen=True, order=True):
     high: str = ""
     key: str = ""
     """Digest of everything that it was made from; a step whose key is already listed has nothing to do."""
+    cutoff_ns: int = 0
+    """Until when it is known what became of its rows; 0 where that is not asked."""
     revision: int = 1
     """How often a partition of this place was written."""
 
@@ -86,7 +88,7 @@ class Snapshot:
 
 @dataclass(slots=True)
 class Lake:
-    """One tenant's partitions. Only one process may write at a time: `writing` sees to that."""
+    """One tenant's partitions. Only one process may write at a time: the night holds a lock."""
 
     folder: Path
     keep: int = 200
@@ -101,7 +103,7 @@ class Lake:
             pointer = self.folder / CURRENT
             if not pointer.exists():
                 return Snapshot("", ())
-            id_ = pointer.read_text().strip()
+            id_ = pointer.read_text(errors="replace").strip()
         path = self._list(id_)
         try:
             raw = path.read_bytes()
@@ -112,7 +114,16 @@ class Lake:
         return Snapshot(id_, tuple(msgspec.json.decode(line, type=Entry) for line in raw.splitlines()))
 
     def write(
-        self, table: str, rows: pa.Table, *, point: str = "", day: str = "", bucket: int = 0, key: str = "", id_column: str = ""
+        self,
+        table: str,
+        rows: pa.Table,
+        *,
+        point: str = "",
+        day: str = "",
+        bucket: int = 0,
+        key: str = "",
+        cutoff_ns: int = 0,
+        id_column: str = "",
     ) -> Entry:
         """A partition on the disk, re-read and compared, not yet listed. Equal rows, equal bytes, equal name.
 
@@ -143,7 +154,9 @@ class Lake:
             part.rename(path)
         sync(folder)
         self._verified.add(sha256)
-        return Entry(table, point, day, bucket, str(path.relative_to(self.folder)), rows.num_rows, size, sha256, low, high, key)
+        return Entry(
+            table, point, day, bucket, str(path.relative_to(self.folder)), rows.num_rows, size, sha256, low, high, key, cutoff_ns
+        )
 
     def read(self, entry: Entry, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows of a partition. Raises LakeError, naming the file, where it is not what was written."""

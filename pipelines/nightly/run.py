@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,7 +113,7 @@ def nightly(
         with _step(run, lake, "ingest", watch) as (advance, done):
             ingested = ingest(settings, lake, snapshot, found, advance)
             snapshot = done(
-                ingested.entries, ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in ingested.counts.items() if n)
+                ingested.entries, ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in ingested.counts.items() if n > 0)
             )
         for name, step in STEPS.items():
             with _step(run, lake, name, watch) as (advance, done):
@@ -154,7 +153,10 @@ def plan(date: dt.date, settings: Settings) -> list[str]:
 
 def _check(date: dt.date, settings: Settings) -> None:
     """Raise InputError for a date that is not over at its cut-off, when what is still to come would count as not coming."""
-    learners_named(settings.file.train.learners, np.empty(0))
+    try:
+        learners_named(settings.file.train.learners, np.empty(0))
+    except InputError as error:
+        raise InputError(f"train.learners: {error}") from None
     cutoff = dt.datetime.fromtimestamp(Night.of(date, settings).cutoff_ns / 10**9, dt.UTC)
     if cutoff > dt.datetime.now(dt.UTC):
         raise InputError(f"found {date}, whose night looks at {cutoff:%Y-%m-%d %H:%M} UTC; expected a moment that is over: wait")
@@ -220,8 +222,3 @@ def _keep(run: Run, settings: Settings) -> None:
 
 def _quiet(done: int, total: int) -> None:
     """Progress that nobody watches."""
-
-
-def runs(settings: Settings) -> list[Path]:
-    """What earlier nights kept, oldest first."""
-    return sorted((open_lake(settings).folder / "runs").glob("*.json"))

@@ -1,10 +1,11 @@
 -- What became of one reward of every decision: a pure function of a set of decisions and a set of observations.
 --
 -- decisions(row, decision_id, decided_at_ns)
--- rewards(place, attributed_id, name, observed_at_ns, value, version, versions, alone): `place` orders them by time, then event id;
---     `version` of `versions` counts the values that one event id came with, from 0; `alone` is true where a decision has no other
---     observation of that name: most have one, and need no grouping.
--- $least, $high: the range of an observation; $reversible: whether a negative one takes back an earlier one.
+-- rewards(place, attributed_id, decision_id, event_id, name, observed_at_ns, value, version, alone): `place` orders them by time, then
+--     event id; `version` the values that one event id came with; `alone` is true where a decision has no other observation of that
+--     name: most have one, and need no grouping.
+-- $least, $high: the range of an observation; $low, $high: that of what they add up to; $reversible: whether a negative one takes
+--     back an earlier one.
 --
 -- Words that DuckDB, SQLite and Spark share, but for `sum(... order by ...)`: Spark sums unordered, to the last bits.
 with judged as (
@@ -12,6 +13,9 @@ with judged as (
         d.row,
         d.decided_at_ns,
         r.place,
+        r.decision_id,
+        r.event_id,
+        r.version,
         r.value,
         coalesce(r.alone, true) as alone,
         r.observed_at_ns - d.decided_at_ns as delay,
@@ -20,14 +24,37 @@ with judged as (
             when r.value < $least or r.value > $high then 2
             when r.observed_at_ns - d.decided_at_ns > $window_ns then 1
             when r.observed_at_ns - d.decided_at_ns < -$tolerance_ns then 1
-            when r.versions > 1 and $conflict = 'exclude' then 3
-            when r.version > 0 and $conflict = 'first' then 4
-            when r.version < r.versions - 1 and $conflict = 'last' then 4
             else 0
-        end as judgement,  -- null: no observation; 0 counts, 1 outside the window, 2 out of range, 3 contradicted, 4 outvoted by the rule
-        case when r.version = 0 and r.versions > 1 then 1 else 0 end as contradicted
+        end as judgement  -- null: no observation; 0 counts, 1 outside the window, 2 out of range
     from decisions as d
     left join rewards as r on r.attributed_id = d.decision_id and r.name = $name
+),
+
+events as (
+    select row, decision_id, event_id, min(version) as first_version, max(version) as last_version
+    from judged
+    where not alone and judgement = 0
+    group by row, decision_id, event_id
+),
+
+settled as (
+    select
+        j.row,
+        j.decided_at_ns,
+        j.place,
+        j.value,
+        j.delay,
+        case
+            when j.judgement > 0 or e.first_version = e.last_version then j.judgement
+            when $conflict = 'exclude' then 3
+            when $conflict = 'first' and j.version > e.first_version then 4
+            when $conflict = 'last' and j.version < e.last_version then 4
+            else 0
+        end as judgement,  -- 3 contradicted by another value of its event id that would count, 4 outvoted by the rule
+        case when j.judgement = 0 and j.version = e.first_version and e.last_version > e.first_version then 1 else 0 end as contradicted
+    from judged as j
+    left join events as e on e.row = j.row and e.decision_id = j.decision_id and e.event_id = j.event_id
+    where not j.alone
 ),
 
 summed as (
@@ -47,8 +74,7 @@ summed as (
         cast(sum(contradicted) as integer) as conflicts,
         cast(sum(case when judgement = 0 and value < 0 and $reversible then 1 else 0 end) as integer) as reversed,
         max(case when judgement = 3 then 1 else 0 end) as in_conflict
-    from judged
-    where not alone
+    from settled
     group by row, decided_at_ns
 ),
 
@@ -87,12 +113,14 @@ select
     case
         when decided_at_ns + $window_ns > $cutoff_ns then null
         when in_conflict = 1 then null
+        when events > 0 and (aggregate < $low or aggregate > $high) then null
         when events > 0 then aggregate
         else $fallback
     end as value,
     case
         when decided_at_ns + $window_ns > $cutoff_ns then 'pending'
         when in_conflict = 1 then 'conflict'
+        when events > 0 and (aggregate < $low or aggregate > $high) then 'conflict'
         when events > 0 then 'observed'
         when $fallback is null then 'unknown'
         else 'default'

@@ -94,6 +94,13 @@ def test_a_date_that_is_not_over_is_refused(night: tuple[Path, Result]) -> None:
         assert "expected a moment that is over" in result.stderr
 
 
+@pytest.mark.parametrize("date", ["0001-01-01", "9999-12-31"])
+def test_dates_beyond_what_can_be_counted_are_refused(tmp_path: Path, date: str) -> None:
+    feed(tmp_path / "feed")
+    result = run(tmp_path / "feed", "nightly", date=date)
+    assert (result.exit_code, "expected one from 1970 to 2115" in result.stderr) == (2, True)
+
+
 def test_damage_and_mistakes_are_named(night: tuple[Path, Result], tmp_path: Path) -> None:
     folder, _ = night
     assert "propel.toml" in run(tmp_path, "nightly").stderr

@@ -33,10 +33,10 @@ def numbers(mart: Mart, table: str, *names: str) -> list[list[float]]:
     return [[np.nan if row[name] is None else row[name] for name in names] for row in rows]
 
 
-def test_1_4_and_16_buckets_give_the_same_estimates(tmp_path: Path) -> None:
+def test_1_and_16_buckets_give_the_same_nights(tmp_path: Path) -> None:
     found = []
-    for buckets in (1, 4, 16):
-        config = feed(tmp_path / f"{buckets}", 3000, settings=SETTINGS.replace("buckets = 2", f"buckets = {buckets}"))
+    for buckets in (1, 16):
+        config = feed(tmp_path / f"{buckets}", 2000, settings=SETTINGS.replace("buckets = 2", f"buckets = {buckets}"))
         mart = mart_of(config, nightly(FIRST, config))
         found.append(
             (

@@ -124,17 +124,17 @@ def test_terminal_shows_every_estimator_and_fits_80_columns(found: Demo) -> None
     shown = console.file.getvalue()
     assert len(re.findall(r"^ *Switch-DR\(10\) +-?[\d.]+", shown, re.MULTILINE)) >= 7  # six candidates, and the check
     assert "…" not in shown
-    assert max(len(line) for line in shown.splitlines()) <= 80, text
+    assert max(len(line) for line in shown.splitlines()) <= 80
 
 
 def test_a_night_of_the_week_is_killed_and_gone_on_with(tmp_path: Path) -> None:
-    week = run_week(tmp_path / "nights", lambda step: None, nights=2, killed_on=2)
-    assert [mart.manifest.date for mart in week.marts] == ["2019-11-24", "2019-11-25"]
-    assert [mart.records("certificates")[0]["verdict"] for mart in week.marts] == ["pass", "pass"]
+    week = run_week(tmp_path / "nights", lambda step: None, nights=1, killed_on=1)
+    assert [mart.manifest.date for mart in week.marts] == ["2019-11-24"]
+    assert [mart.records("certificates")[0]["verdict"] for mart in week.marts] == ["pass"]
     told = {one.step: one.partitions for one in week.killed.steps}
     assert (told["ingest"], told["join"]) == (0, 0), "done before the kill"
     assert min(told[step] for step in ("certify", "train", "evaluate", "select")) > 0
     text = nights(week)
-    assert [line.split()[:3] for line in text[1:3]] == [["2019-11-24", "1,484", "pass"], ["2019-11-25", "1,193", "pass"]]
-    assert "Night 2 was killed (SIGKILL) once join was committed" in text[-2]
+    assert text[1].split()[:3] == ["2019-11-24", "1,484", "pass"]
+    assert "Night 1 was killed (SIGKILL) once join was committed" in text[-2]
     assert max(map(len, text)) <= 80, text
