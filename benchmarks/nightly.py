@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def join(folder: Path) -> dict[str, Any]:
     import duckdb
 
     from pipelines.nightly.join import OBSERVED, outcome, relations
-    from pipelines.nightly.lake import open_lake
+    from pipelines.nightly.lake import Entry, open_lake
     from pipelines.nightly.settings import Night, read_settings
 
     settings = read_settings(folder / "propel.toml")
@@ -80,12 +81,16 @@ def join(folder: Path) -> dict[str, Any]:
         lake.checked(entry)
     cutoff = Night.of(DATE, settings).cutoff_ns
     wall, cpu = time.perf_counter(), time.process_time()
-    database, rows = duckdb.connect(config={"threads": 2}), 0
-    for decisions, rewards in zip(snapshot.find("decisions"), snapshot.find("rewards"), strict=True):
-        read = lake.read(decisions, ["decision_id", "decided_at_ns"])
-        for name, table in relations(read, lake.read(rewards, OBSERVED)).items():
-            database.register(name, table)
-        rows += len(outcome(database, rule, cutoff)["value.value"])
+
+    def of(decisions: Entry, rewards: Entry) -> int:
+        with duckdb.connect(config={"threads": 1}) as database:
+            read = lake.read(decisions, ["decision_id", "decided_at_ns"])
+            for name, table in relations(read, lake.read(rewards, OBSERVED)).items():
+                database.register(name, table)
+            return len(outcome(database, rule, cutoff)["value.value"])
+
+    with ThreadPoolExecutor(2) as threads:  # as the step does it
+        rows = sum(threads.map(of, snapshot.find("decisions"), snapshot.find("rewards")))
     return {"rows": rows, "wall_s": round(time.perf_counter() - wall, 2), "cpu_s": round(time.process_time() - cpu, 2)}
 
 
@@ -101,7 +106,7 @@ def bare(folder: Path) -> dict[str, Any]:
     wall, cpu = time.perf_counter(), time.process_time()
     database = duckdb.connect(config={"threads": 2})
     found = database.sql(
-        "select d.decision_id, d.decided_at_ns, r.name, r.observed_at_ns, r.value, r.version, r.versions "
+        "select d.decision_id, d.decided_at_ns, r.name, r.observed_at_ns, r.value, r.event, r.version "
         "from read_parquet($decisions) d left join read_parquet($rewards) r on r.attributed_id = d.decision_id",
         params=files,
     ).to_arrow_table()

@@ -59,8 +59,8 @@ LAMBDAS = 0.9 * 0.5 ** np.arange(24.0)
 class Finding:
     """One test. Expected and observed are shares of its `rows`.
 
-    Other families have: weights and greedy, 1 and the mean; omnibus and columns, degrees of freedom and the statistic; contexts, 0 and the
-    mean product of the standardised column and (taken - probability); caps, 0 and the mean excess over what is expected.
+    Other families have: weights and greedy, 1 and the mean; omnibus and columns, degrees of freedom and the statistic; contexts,
+    0 and the mean product of the standardised column and (taken - probability); caps, 0 and the mean excess over what is expected.
     """
 
     family: Family
@@ -122,7 +122,8 @@ def squares_p(total: FloatArray, squares: FloatArray, bound: FloatArray | float,
     """Two-sided p-values of sums of centred terms, given the sum of their squares (variances, where known, may stand among them).
 
     For λ in (0, 1), exp(λ Σξ - (-log(1 - λ) - λ) Σξ²) has mean at most 1 where every ξ = term / bound is at least -1 (Fan, Grama &
-    Liu 2015, as in Howard et al. 2021); so has its mean over several λ and both signs, and p is at most one over that (Ville). `share`: weight of the total's sign.
+    Liu 2015, as in Howard et al. 2021); so has its mean over several λ and both signs, and p is at most one over that (Ville).
+    `share`: part of the false alarms that the total's direction has, its weight in that mean.
     """
     scaled, spread = np.abs(total / bound)[..., None], (squares / np.square(bound))[..., None]
     penalty = (-np.log1p(-LAMBDAS) - LAMBDAS) * spread
@@ -167,9 +168,7 @@ def examine(total: Tally, false_alarm: float, actions: Sequence[str], columns: S
     )  # fmt: skip
 
 
-def _p(
-    total: Tally, sums: FloatArray, spread: FloatArray, bound: FloatArray | float, share: float = 0.5
-) -> FloatArray:
+def _p(total: Tally, sums: FloatArray, spread: FloatArray, bound: FloatArray | float, share: float = 0.5) -> FloatArray:
     """p-values by the known variance, or, where the log was sampled, by sums of squares; then every term is within
     1 x times, or `bound` x times.
 

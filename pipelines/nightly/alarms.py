@@ -27,6 +27,9 @@ RECENT_DAYS = 7
 GRAVE = 0.01
 """Share of records above which a fault in them is an alarm."""
 
+MOST_KINDS = 3
+"""Kinds of faults that evidence names; the others are counted."""
+
 
 @dataclass(frozen=True, slots=True)
 class Day:
@@ -68,8 +71,8 @@ class Facts:
     """Of the first reward."""
     estimates: tuple[Record, ...]
     """Of the candidates' first reward."""
-    unreadable: int
-    """Decisions of the date whose features do not fit the decision point."""
+    unreadable: Counter[str]
+    """Decisions of the date whose features do not fit the decision point, by what is wrong with them."""
 
     @property
     def today(self) -> Day:
@@ -128,7 +131,7 @@ def _of_certificates(facts: Facts) -> Iterator[dict[str, Any]]:
         without = sorted(facts.today.policies - {one["policy"] for one in facts.today.certificates})
         yield alarm(
             facts.dp, "certificate missing", "alarm", _since(facts.days, lambda day: day.missing),
-            "Rows have no logging certificate; estimates leave them out. Run the night again.",
+            "Rows have no logging certificate; by default, estimates leave them out. Run the night again.",
             f"Policies: {', '.join(map(label, without))}.",
         )  # fmt: skip
 
@@ -136,7 +139,8 @@ def _of_certificates(facts: Facts) -> Iterator[dict[str, Any]]:
 def _of_nothing(facts: Facts) -> Iterator[dict[str, Any]]:
     """Alarms about what is not there at all."""
     filled = [day for day in facts.days if day.rows]
-    if not facts.today.rows:
+    unreadable = facts.unreadable.total()
+    if not facts.today.rows and not unreadable:
         opened = _since(facts.days, lambda day: not day.rows, empty=True)
         late = (dt.date.fromisoformat(facts.today.day) - dt.date.fromisoformat(opened)).days + 1
         ends = (
@@ -145,10 +149,11 @@ def _of_nothing(facts: Facts) -> Iterator[dict[str, Any]]:
         yield alarm(
             facts.dp, "no rows", "caution" if filled and late == 1 else "alarm", opened, "No decision arrived on this date.", ends
         )
-    if facts.unreadable:
-        severity: Severity = "alarm" if facts.unreadable > GRAVE * facts.today.rows else "caution"
+    if unreadable:
+        severity: Severity = "alarm" if unreadable > GRAVE * facts.today.rows else "caution"
+        why = counted(facts.unreadable) if len(facts.unreadable) > 1 else next(iter(facts.unreadable))
         text = "Decisions whose features cannot be read are left out."
-        yield alarm(facts.dp, "unreadable", severity, facts.today.day, text, f"{facts.unreadable:,} decisions.")
+        yield alarm(facts.dp, "unreadable", severity, facts.today.day, text, f"{unreadable:,} decisions: {why}.")
     if filled and all(day.certificates and not _mature(day) for day in filled):
         age = (dt.date.fromisoformat(facts.today.day) - dt.date.fromisoformat(filled[0].day)).days
         overdue = age * 86_400 > facts.window_seconds
@@ -170,7 +175,7 @@ def _of_estimates(facts: Facts) -> Iterator[dict[str, Any]]:
         reasons = Counter(reason for one in facts.estimates for reason in one["reasons"] or ())
         yield alarm(
             facts.dp, "all estimates refused", "alarm", facts.today.day, "No candidate has an estimate that may be shown.",
-            min(reasons, key=lambda reason: (-reasons[reason], reason), default="No reason was written."),
+            next(iter(most_common(reasons)), "No reason was written."),
         )  # fmt: skip
 
 
@@ -195,6 +200,18 @@ def _since(days: Sequence[Day], holds: Callable[[Day], bool], *, empty: bool = F
 
 def _nights(count: int) -> str:
     return f"{count} night" if count == 1 else f"{count} nights"
+
+
+def counted(found: Counter[str]) -> str:
+    """The most frequent of some kinds and how many there are of each, as text."""
+    rest = len(found) - MOST_KINDS
+    text = ", ".join(f"{found[what]:,} {what}" for what in most_common(found)[:MOST_KINDS])
+    return f"{text} and {rest} more kinds" if rest > 0 else text
+
+
+def most_common(found: Counter[str]) -> list[str]:
+    """Kinds, the most frequent one first; of equals, by name."""
+    return sorted(found, key=lambda what: (-found[what], what))
 
 
 def alarm(dp: str, rule: str, severity: Severity, opened: str, text: str, evidence: str) -> dict[str, Any]:

@@ -32,7 +32,12 @@ from pipelines.nightly.sources import NUMBERED, SCHEMAS, Kind, Source
 TEXT, COUNT = pa.string(), pa.int64()
 DECISIONS = pa.schema([*SCHEMAS["decisions"], pa.field("unit_hash", COUNT)])
 REWARDS = pa.schema(
-    [*SCHEMAS["rewards"], pa.field("attributed_id", TEXT), pa.field("version", pa.int32()), pa.field("versions", pa.int32())]
+    [
+        *SCHEMAS["rewards"],
+        pa.field("attributed_id", TEXT),
+        pa.field("version", pa.int32()),
+        pa.field("event", pa.int32()),
+    ]
 )
 SHOWN = pa.schema([*SCHEMAS["shown"], pa.field("attributed_id", TEXT)])
 REJECTED = pa.schema({"source": TEXT, "kind": TEXT, "row": COUNT, "decision_id": TEXT, "reason": TEXT, **NUMBERED})

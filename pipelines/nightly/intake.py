@@ -7,11 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bandits.decision_point import DecisionPoint
-from pipelines.nightly.alarms import GRAVE, Severity, alarm
+from pipelines.nightly.alarms import GRAVE, Severity, alarm, counted
 from pipelines.nightly.lake import Lake, Snapshot
 from pipelines.nightly.settings import Settings
-
-MOST_REASONS = 3
 
 ENOUGH = 100
 """Mature decisions that cannot all be without a reward by chance."""
@@ -31,7 +29,7 @@ def intake_alarms(
 def _orphans(snapshot: Snapshot, date: str) -> Iterator[dict[str, Any]]:
     waiting = {kind: sum(entry.rows for entry in snapshot.find(f"orphan_{kind}")) for kind in ("rewards", "shown")}
     if any(waiting.values()):
-        text = "Events wait for decisions that are not known; they are kept, and joined once those arrive."
+        text = "Events wait for decisions that are not known, or whose id came with several contents; they are kept."
         evidence = ", ".join(f"{count:,} {kind}" for kind, count in waiting.items() if count)
         yield alarm("", "orphans", "caution", date, text, f"{evidence}.")
 
@@ -41,7 +39,7 @@ def _rejected(lake: Lake, snapshot: Snapshot, date: str) -> Iterator[dict[str, A
     if rejected is None or not rejected.height or sources is None:
         return
     read = sum(int(sources[name].sum()) for name in ("decisions", "rewards", "shown", "rejected"))
-    evidence = f"{rejected.height:,} of {read:,}: {_counted(Counter(rejected['reason']))}."
+    evidence = f"{rejected.height:,} of {read:,}: {counted(Counter(rejected['reason']))}."
     text = "Records break the contract and were left out; mend the source or the settings, and the next night reads them again."
     yield alarm("", "rejected", _severity(rejected.height, read), date, text, evidence)
 
@@ -53,7 +51,7 @@ def _unknown_names(lake: Lake, snapshot: Snapshot, point: DecisionPoint, days: S
     known = [rule.name for rule in point.rewards]
     unknown = Counter({name: count for name, count in names.items() if name not in known})
     if unknown:
-        evidence = f"{_counted(unknown)}; the decision point knows {', '.join(known)}."
+        evidence = f"{counted(unknown)}; the decision point knows {', '.join(known)}."
         text = "Rewards have names that the decision point does not know; they count for nothing until it does."
         yield alarm(point.name, "unknown rewards", _severity(unknown.total(), names.total()), days[-1], text, evidence)
 
@@ -69,11 +67,3 @@ def _no_rewards(point: DecisionPoint, days: Sequence[str], certificates: Sequenc
 
 def _severity(bad: int, total: int) -> Severity:
     return "alarm" if bad > GRAVE * total else "caution"
-
-
-def _counted(found: Counter[str]) -> str:
-    rest = len(found) - MOST_REASONS
-    text = ", ".join(
-        f"{count:,} {what}" for what, count in sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_REASONS]
-    )
-    return f"{text} and {rest} more kinds" if rest > 0 else text

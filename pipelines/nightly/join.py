@@ -7,7 +7,8 @@ something new of it; once every reward of a day is mature, later nights find not
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any
 
@@ -34,7 +35,7 @@ KEPT = ("decision_id", "decided_at_ns", "policy", "kind", "propensity", "pass_pr
 
 NEEDED = (*KEPT, "unit_hash", "actions", "shares", "chosen", "body")
 
-OBSERVED = ("attributed_id", "decision_id", "event_id", "name", "observed_at_ns", "value", "version")
+OBSERVED = ("attributed_id", "name", "observed_at_ns", "value", "event", "version")
 """Columns of an observation that say what it is worth."""
 
 Progress = Callable[[int, int], object]
@@ -44,39 +45,52 @@ def join(
     night: Night, settings: Settings, lake: Lake, snapshot: Snapshot, progress: Progress = lambda done, total: None
 ) -> list[Entry]:
     """Joined rows of every partition of the night's days that something new can be said of."""
-    held = {entry.place: entry for entry in snapshot.entries}
     twice = lake.frame(snapshot.find("conflicts"))
     conflicting = set() if twice is None else set(twice["decision_id"])
     days = night.days(settings.file.join.lookback_days)
     partitions = [entry for point in settings.points for entry in snapshot.find("decisions", point.name, days)]
+    held = {entry.place: entry for entry in snapshot.entries}
     written: list[Entry] = []
-    with duckdb.connect(config={"threads": 2}) as database:
-        for done, entry in enumerate(partitions):
-            point = settings.point(entry.point)
-            assert point is not None, "partitions of the settings' decision points were asked for"
-            place = (entry.point, entry.day, entry.bucket)
-            rewards, shown = held.get(("rewards", *place)), held.get(("shown", *place))
-            old = held.get(("rows", *place))
-            # an older night takes nothing back
-            cutoff = max(_cutoff(night, point, entry.day), 0 if old is None else old.cutoff_ns)
-            among = sorted(conflicting) if conflicting and entry.low <= max(conflicting) and min(conflicting) <= entry.high else []
-            segments = settings.file.evaluate.segments
-            inputs = [one.sha256 if one is not None else "" for one in (entry, rewards, shown)]
-            key = key_of("join", VERSION, inputs, cutoff, msgspec.json.encode(point).decode(), segments, among)
-            if old is None or old.key != key:
-                tables = [
-                    None if one is None else lake.read(one, names)
-                    for one, names in ((rewards, OBSERVED), (shown, ("decision_id", "action")))
-                ]
-                decisions = lake.read(entry, list(NEEDED))
-                rows, unreadable = joined(
-                    decisions, tables[0], tables[1], point, cutoff, segments=segments, conflicting=among, database=database
-                )
-                written.append(_write(lake, "rows", rows, place, key, cutoff))
-                if unreadable or ("unreadable", *place) in held:
-                    named = pa.Table.from_pylist([{"decision_id": i, "reason": why} for i, why in unreadable], schema=UNREADABLE)
-                    written.append(_write(lake, "unreadable", named, place, key))
-            progress(done + 1, len(partitions))
+    with ThreadPoolExecutor(2) as threads:
+        tasks = [threads.submit(_joined_anew, entry, held, night, settings, lake, conflicting) for entry in partitions]
+        for done, task in enumerate(tasks):
+            written += task.result()
+            progress(done + 1, len(tasks))
+    return written
+
+
+def _joined_anew(
+    entry: Entry,
+    held: Mapping[tuple[str, str, str, int], Entry],
+    night: Night,
+    settings: Settings,
+    lake: Lake,
+    conflicting: Set[str],
+) -> list[Entry]:
+    """The rows of one partition of decisions, where something new can be said of them."""
+    point = settings.point(entry.point)
+    assert point is not None, "partitions of the settings' decision points were asked for"
+    place = (entry.point, entry.day, entry.bucket)
+    rewards, shown, old = (held.get((table, *place)) for table in ("rewards", "shown", "rows"))
+    # an older night takes nothing back
+    cutoff = max(_cutoff(night, point, entry.day), 0 if old is None else old.cutoff_ns)
+    among = sorted(conflicting) if conflicting and entry.low <= max(conflicting) and min(conflicting) <= entry.high else []
+    segments = settings.file.evaluate.segments
+    inputs = [one.sha256 if one is not None else "" for one in (entry, rewards, shown)]
+    key = key_of("join", VERSION, inputs, cutoff, msgspec.json.encode(point).decode(), segments, among)
+    if old is not None and old.key == key:
+        return []
+    observed, seen = (
+        None if one is None else lake.read(one, names) for one, names in ((rewards, OBSERVED), (shown, ("decision_id", "action")))
+    )
+    with duckdb.connect(config={"threads": 1}) as database:
+        rows, unreadable = joined(
+            lake.read(entry, list(NEEDED)), observed, seen, point, cutoff, segments=segments, conflicting=among, database=database
+        )
+    written = [_write(lake, "rows", rows, place, key, cutoff)]
+    if unreadable or ("unreadable", *place) in held:
+        named = pa.Table.from_pylist([{"decision_id": i, "reason": why} for i, why in unreadable], schema=UNREADABLE)
+        written.append(_write(lake, "unreadable", named, place, key))
     return written
 
 
@@ -152,7 +166,7 @@ def _taken(decisions: pa.Table) -> pa.Array:
 
 def _observations(rewards: pa.Table | None) -> pa.Table:
     if rewards is None:
-        kinds = (TEXT, TEXT, TEXT, TEXT, pa.int64(), pa.float64(), pa.int32(), pa.int64(), pa.bool_())
+        kinds = (TEXT, TEXT, pa.int64(), pa.float64(), pa.int32(), pa.int32(), pa.int64(), pa.bool_())
         return pa.schema(dict(zip((*OBSERVED, "place", "alone"), kinds, strict=True))).empty_table()
     table = _placed(rewards, OBSERVED).combine_chunks()
     first, second = table.slice(0, max(table.num_rows - 1, 0)), table.slice(1)  # sorted by decision and name

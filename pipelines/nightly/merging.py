@@ -50,17 +50,19 @@ def distinct_decisions(table: pa.Table) -> tuple[pa.Table, pa.Table]:
 def distinct_rewards(table: pa.Table) -> pa.Table:
     """Different observations by decision, name, time and event id, each with its place among the values of its event id.
 
-    One value that was reported twice is one observation, as of the first time.
+    `event` numbers the event ids of the table, each of its decision and name. One value that was reported twice is one observation,
+    as of the first time.
     """
     when = ["observed_at_ns", "received_at_ns"]
     frame = _frame(table).with_columns(pl.col("value") + 0.0)  # -0.0 is 0.0
     frame = frame.sort([*REWARD_KEY, "value", *when, *NUMBERED], nulls_last=True)
     frame = frame.filter(pl.struct([*REWARD_KEY, "value"]).is_first_distinct()).sort([*REWARD_KEY, *when, "value"])
-    version, versions = pl.lit(0, pl.Int32), pl.lit(1, pl.Int32)
+    version = pl.lit(0, pl.Int32)
     if frame.select(pl.struct(REWARD_KEY).is_duplicated().any()).item():
         version = pl.int_range(pl.len(), dtype=pl.Int32).over(REWARD_KEY)
-        versions = pl.len().cast(pl.Int32).over(REWARD_KEY)
-    frame = frame.with_columns(version.alias("version"), versions.alias("versions"))
+    new = pl.any_horizontal([pl.col(name) != pl.col(name).shift() for name in REWARD_KEY]).fill_null(True)
+    event = new.cum_sum().cast(pl.Int32) - 1
+    frame = frame.with_columns(version.alias("version"), event.alias("event"))
     return _table(frame.sort(["attributed_id", "name", *when, "event_id", "decision_id", "value"]))
 
 

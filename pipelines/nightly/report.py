@@ -6,6 +6,7 @@ The page is made of the mart alone, so that `propel report` draws it again at an
 from __future__ import annotations
 
 import datetime as dt
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -19,13 +20,25 @@ from bandits.registry import Registry
 from ope.selection import Shortlist
 from pipelines import charts, tables
 from pipelines.nightly import summary
-from pipelines.nightly.alarms import Day, Facts, alarms
+from pipelines.nightly.alarms import Day, Facts, alarms, most_common
 from pipelines.nightly.intake import intake_alarms
 from pipelines.nightly.lake import Lake, Snapshot
 from pipelines.nightly.mart import CHOICE_FOLD, HEADLINE_FOLD, SHOWN, WHOLE, Mart, Meta, read_mart, write_mart
 from pipelines.nightly.settings import Night, Settings
 from pipelines.nightly.tables import TABLES
-from pipelines.nightly.views import UNCERTIFIED, PointView, chance, cut, duration, label, point_views, printed, reasons, share
+from pipelines.nightly.views import (
+    UNCERTIFIED,
+    PointView,
+    chance,
+    cut,
+    duration,
+    label,
+    point_views,
+    printed,
+    reasons,
+    share,
+    worse,
+)
 from pipelines.report import TEMPLATES, write_whole
 
 PAGE = "report.html"
@@ -37,6 +50,8 @@ MOST_OTHERS = 400
 """Rows of the page's long table; the mart has them all."""
 
 Record = dict[str, Any]
+
+_OF_ROW = re.compile(r"^row \d+, ")
 
 
 def report(night: Night, settings: Settings, lake: Lake, snapshot: Snapshot) -> Path:
@@ -50,13 +65,14 @@ def report(night: Night, settings: Settings, lake: Lake, snapshot: Snapshot) -> 
     points, open_alarms = [], list(intake_alarms(settings, lake, snapshot, days, found["certificates"].to_pylist()))
     for point in settings.points:
         decided = _decided(lake, snapshot, point.name, date)
-        facts = _facts(point, found, snapshot, days, frozenset(decided))
+        facts = _facts(point, found, snapshot, days, frozenset(decided), _unreadable(lake, snapshot, point.name, date))
         points.append(_point_record(settings, point, facts, found, decided))
         open_alarms += alarms(facts)
     found["decision_points"] = TABLES["decision_points"].of(points)
     found["alarms"] = TABLES["alarms"].of(open_alarms)
     found["revisions"] = TABLES["revisions"].of(_revisions(settings, snapshot, days))
-    through = [entry.day for entry in snapshot.find("rows") if entry.rows and entry.day <= date]
+    came = [*snapshot.find("rows"), *snapshot.find("unreadable")]
+    through = [entry.day for entry in came if entry.rows and entry.day <= date]
     meta = Meta(
         date=date, data_through=max(through, default=None), built_at=dt.datetime.now(dt.UTC).isoformat(timespec="microseconds"),
         code=version("propel"), lake_snapshot=snapshot.id,
@@ -72,12 +88,6 @@ def render(mart: Mart) -> list[str]:
     return summary.lines(mart)
 
 
-def render_date(settings: Settings, date: dt.date) -> tuple[Path, list[str]]:
-    """Draw the newest reports of a date again: the page's path, and the summary. Raises InputError where there are none."""
-    mart = read_mart(settings.path(settings.file.reports.folder), settings.tenant, date.isoformat())
-    return mart.folder / PAGE, render(mart)
-
-
 def page(mart: Mart) -> str:
     """The page of a mart: inline charts, no scripts, nothing that is loaded."""
     made, views = mart.manifest, point_views(mart)
@@ -88,7 +98,7 @@ def page(mart: Mart) -> str:
         mart=made, late=late, built=dt.datetime.fromisoformat(made.built_at).strftime("%Y-%m-%d %H:%M"),
         views=list(zip(views, _charts(views), strict=True)), revisions=mart.records("revisions"),
         alarms=mart.records("alarms"), printed=printed, reasons=reasons, cut=cut, label=label, chance=chance,
-        share=share, duration=duration, uncertified=UNCERTIFIED, number=tables.number,
+        worse=worse, share=share, duration=duration, uncertified=UNCERTIFIED, number=tables.number,
         most=MOST_OTHERS, shapes=SHAPES, choice_fold=CHOICE_FOLD, headline_fold=HEADLINE_FOLD,
     )  # fmt: skip
 
@@ -155,8 +165,21 @@ def _decided(lake: Lake, snapshot: Snapshot, dp: str, date: str) -> Counter[str]
     return found
 
 
+def _unreadable(lake: Lake, snapshot: Snapshot, dp: str, date: str) -> Counter[str]:
+    """Decisions of the date that cannot be read, by what is wrong with them, whichever their row."""
+    found: Counter[str] = Counter()
+    for entry in snapshot.find("unreadable", dp, [date]):
+        found.update(_OF_ROW.sub("", reason).rstrip(".") for reason in lake.read(entry, ["reason"])["reason"].to_pylist())
+    return found
+
+
 def _facts(
-    point: DecisionPoint, found: Mapping[str, pa.Table], snapshot: Snapshot, days: Sequence[str], decided: frozenset[str]
+    point: DecisionPoint,
+    found: Mapping[str, pa.Table],
+    snapshot: Snapshot,
+    days: Sequence[str],
+    decided: frozenset[str],
+    unreadable: Counter[str],
 ) -> Facts:
     rows: Counter[str] = Counter()
     for entry in snapshot.find("rows", point.name, days):
@@ -171,7 +194,7 @@ def _facts(
         ),
         window_seconds=point.rewards[0].window_seconds,
         estimates=tuple(_headlines(found, point)),
-        unreadable=sum(entry.rows for entry in snapshot.find("unreadable", point.name, days[-1:])),
+        unreadable=unreadable,
     )
 
 
@@ -215,9 +238,11 @@ def _live(settings: Settings, dp: str) -> str | None:
 def _next_action(facts: Facts, found: Mapping[str, pa.Table]) -> str:
     """The first thing that stands in the way, or what tonight's numbers are good for."""
     date = facts.today.day
+    if facts.unreadable and not facts.today.rows:
+        return f"Mend the features of the decision point: {most_common(facts.unreadable)[0]}."
     if facts.today.verdict in ("fail", "missing", "no rows"):
         return {
-            "fail": "Find out why the certificate failed; until then these rows are left out.",
+            "fail": "Find out why the certificate failed; until then, by default, these rows are left out.",
             "missing": f"Run `propel nightly --date {date}` again: rows have no certificate.",
             "no rows": "Find out why no decision arrived.",
         }[facts.today.verdict]
@@ -249,7 +274,7 @@ def _revisions(settings: Settings, snapshot: Snapshot, days: Sequence[str]) -> l
                     "dp": point.name, "day": day, "revision": revision["rows"], "snapshot": snapshot.id,
                     "rows": sum(entry.rows for entry in written["rows"]),
                     "reason": f"{' and '.join(came).capitalize()} arrived after the rows were first written." if came
-                    else "Rewards matured after the rows were first written.",
+                    else "Rewards matured, or settings changed, after the rows were first written.",
                 })  # fmt: skip
     return found
 

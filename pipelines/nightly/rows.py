@@ -15,7 +15,7 @@ Columns are flat, so that any engine reads and sums them; here they become array
 | s.NAME | value of a segment, as text |
 | shown | `as_sampled`, `other`, `none`, or `unknown` where nobody said |
 | value.R | reward R: null until it is mature, or where it stays unknown |
-| state.R | `pending`, `observed`, `default`, `conflict` (observations contradict each other, or add up to what is out of range), `unknown` (no default) |
+| state.R | `pending`, `observed`, `default`, `unknown` (no default), `conflict` (with each other, or of a sum with the range) |
 | delay.R | nanoseconds from the decision to the first observation that counts; null without one |
 | events.R | observations that count |
 | early.R | observations before the decision, but inside the clock tolerance: they count |

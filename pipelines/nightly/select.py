@@ -18,7 +18,7 @@ from pipelines.nightly.stacks import Kept, read_stack
 from pipelines.nightly.tables import TABLES
 from pipelines.nightly.window import listed
 
-VERSION = 1
+VERSION = 2
 """Of this step: another one makes everything anew."""
 
 MADE = ("portfolio", "portfolio_policies")
@@ -59,11 +59,11 @@ def _portfolio(folds: Sequence[Kept], settings: Settings) -> tuple[list[dict[str
         a.candidates, a.fold, b.fold, a.distances, by=a.estimator, sizes=settings.file.select.sizes,
         tolerance=settings.file.select.duplicate,
     )  # fmt: skip
-    key = {"evaluation_id": a.evaluation_id, "estimator": a.estimator, "fold": "B"}
+    key = {"evaluation_id": a.evaluation_id, "estimator": a.estimator, "fold": "B", "certified": a.certified and b.certified}
     portfolio = [
         key | {
             "k": one.k, "gain": one.gain, "std": one.std, "p_any_harm": one.p_any_harm, "violation": one.violation,
-            "knee": one.k == chosen.knee, "graded": GRADED, "certified": a.certified and b.certified,
+            "knee": one.k == chosen.knee, "graded": GRADED,
         }
         for one in chosen.shortlists
     ]  # fmt: skip

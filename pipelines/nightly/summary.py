@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from pipelines.nightly.mart import Mart
-from pipelines.nightly.views import UNCERTIFIED, PointView, Record, chance, cut, label, point_views, printed
+from pipelines.nightly.views import UNCERTIFIED, PointView, Record, chance, cut, label, point_views, printed, worse
 from pipelines.tables import number
 
 MOST_POLICIES, MOST_REASONS, MOST_ALARMS = 5, 2, 3
@@ -88,7 +88,9 @@ def _value(view: PointView, row: Record) -> str:
     text = f"{label(row['policy'], 40)}: {value} ({interval})"
     if (change := view.difference(row["policy"])) is not None:
         by, ends = printed(change, signed=True)
-        text += f"; difference {by} ({ends}), P(worse) {chance(change['p_worse'])}" if ends else f"; difference {change['verdict']}"
+        p = worse(change)
+        text += f"; difference {by} ({ends})" if ends else f"; difference {change['verdict']}"
+        text += f", P(worse) {p}" if ends and p != "-" else ""
     return f"{text}; {row['n']:,} rows, {row['clusters']:,} units, ESS {row['ess']:,.0f}; {row['verdict']}{doubt}"
 
 
@@ -99,7 +101,9 @@ def _portfolio(view: PointView) -> Iterator[str]:
         if whys:
             yield f"  portfolio (not graded here): none. {' '.join(whys[:MOST_REASONS])}"
         return
-    names = ", ".join(label(policy, 40) for policy in view.tested) or "none worth a test"
+    names = ", ".join(
+        label(row["policy"], 40) + ("" if row["decision"] == "test" else f" ({row['decision']})") for row in view.best
+    )
     doubt = _doubt(knee)
     what = (
         "numbers withheld, since one of them is refused"

@@ -66,7 +66,7 @@ TABLES: Mapping[str, Table] = {
     "portfolio_policies": Table(5, {
         "evaluation_id": TEXT, "estimator": TEXT, "fold": TEXT, "k": COUNT, "policy": TEXT, "rank": COUNT, "selected_on": REAL,
         "value": REAL, "difference": REAL, "p_worse": REAL, "p_below_c": REAL, "duplicate_of": TEXT, "tv": REAL, "decision": TEXT,
-        "reason": TEXT,
+        "reason": TEXT, "certified": FLAG,
     }),
     "candidates": Table(2, {
         "dp": TEXT, "policy": TEXT, "date": TEXT, "learner": TEXT, "digest": TEXT, "reward": TEXT, "floor": REAL, "rows": COUNT,

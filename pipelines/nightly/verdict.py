@@ -29,15 +29,17 @@ class Judged:
 
 def judge(found: Judged, settings: Certificate, point: DecisionPoint) -> tuple[Verdict, list[str]]:
     """The verdict and every reason against `pass`, those of a failure first."""
-    failed = [*_facts(found.numbers, found.span, settings), *(reasons(found.tests) if found.tests else [])]
+    failed = [*_facts(found.numbers, found.span), *(reasons(found.tests) if found.tests else [])]
     warned = _warnings(found, settings, point)
-    below = _below(found)
+    twice, below = _conflicts(found.numbers, settings), _below(found)
+    if twice is not None:
+        (failed if found.numbers["conflicts"] > 1 else warned).append(twice)
     if below is not None:
         (failed if found.own_past else warned).append(below)
     return "fail" if failed else "warn" if warned else "pass", failed + warned
 
 
-def _facts(numbers: Mapping[str, Any], span: int, settings: Certificate) -> list[str]:
+def _facts(numbers: Mapping[str, Any], span: int) -> list[str]:
     """What no chance explains."""
     found = []
     if numbers["outside"]:
@@ -61,13 +63,18 @@ def _facts(numbers: Mapping[str, Any], span: int, settings: Certificate) -> list
             f"{numbers['gaps']:,} of {span:,} record numbers between the first and the last of the day are missing; expected none: "
             "deliver the source's missing records again."
         )
-    everything = numbers["rows"] + numbers["conflicts"]
-    if numbers["conflicts"] > settings.conflicts * everything:
-        found.append(
-            f"{numbers['conflicts']:,} of {everything:,} decisions came with several contents under one id; expected at most "
-            f"{settings.conflicts:.2%}: something rewrites records, or ids are not unique."
-        )
     return found
+
+
+def _conflicts(numbers: Mapping[str, Any], settings: Certificate) -> str | None:
+    """Above the share that is expected. One alone is above it on any small day, and is no pattern: the caller warns."""
+    everything = numbers["rows"] + numbers["conflicts"]
+    if numbers["conflicts"] <= settings.conflicts * everything:
+        return None
+    return (
+        f"{numbers['conflicts']:,} of {everything:,} decisions came with several contents under one id; expected at most "
+        f"{settings.conflicts:.2%}: something rewrites records, or ids are not unique."
+    )
 
 
 def _below(found: Judged) -> str | None:

@@ -67,14 +67,14 @@ class PointView:
         return next((one for one in found if one["fold"] == HEADLINE_FOLD), None)
 
     @property
-    def tested(self) -> list[str]:
-        """Candidates that an A/B test is suggested for."""
-        return [row["policy"] for row in self.shortlist if row["decision"] == "test"]
-
-    @property
     def knee(self) -> Record | None:
         """The portfolio's row beyond which another policy adds little."""
         return next((row for row in self.portfolio if row["knee"]), None)
+
+    @property
+    def best(self) -> list[Record]:
+        """The k candidates of that portfolio by rank, also those that no A/B test is suggested for."""
+        return [row for row in self.shortlist if self.knee and row["rank"] and row["rank"] <= self.knee["k"]]
 
 
 def point_views(mart: Mart) -> list[PointView]:
@@ -221,6 +221,11 @@ def share(part: float | None) -> str:
 def chance(p: float | None) -> str:
     """A probability in percent, never as if it were sure; a dash where it is not known, or withheld."""
     return share(p) if p is None or 1e-3 <= p <= 1 - 1e-3 else "< 0.1 %" if p < 1e-3 else "> 99.9 %"
+
+
+def worse(change: Mapping[str, Any]) -> str:
+    """P(worse) of a difference; a dash also where policy and baseline are the same: then neither is worse."""
+    return "-" if change["value"] == 0 and change["stderr"] == 0 else chance(change["p_worse"])
 
 
 def duration(seconds: float) -> str:

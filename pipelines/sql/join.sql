@@ -1,9 +1,9 @@
 -- What became of one reward of every decision: a pure function of a set of decisions and a set of observations.
 --
 -- decisions(row, decision_id, decided_at_ns)
--- rewards(place, attributed_id, decision_id, event_id, name, observed_at_ns, value, version, alone): `place` orders them by time, then
---     event id; `version` the values that one event id came with; `alone` is true where a decision has no other observation of that
---     name: most have one, and need no grouping.
+-- rewards(place, attributed_id, name, observed_at_ns, value, event, version, alone): `place` orders them by time, then event id; `event`
+--     numbers event ids, and `version` the values that one came with; `alone` is true where a decision has no other observation of
+--     that name: most have one, and need no grouping.
 -- $least, $high: the range of an observation; $low, $high: that of what they add up to; $reversible: whether a negative one takes
 --     back an earlier one.
 --
@@ -13,8 +13,7 @@ with judged as (
         d.row,
         d.decided_at_ns,
         r.place,
-        r.decision_id,
-        r.event_id,
+        r.event,
         r.version,
         r.value,
         coalesce(r.alone, true) as alone,
@@ -31,10 +30,10 @@ with judged as (
 ),
 
 events as (
-    select row, decision_id, event_id, min(version) as first_version, max(version) as last_version
+    select row, event, min(version) as first_version, max(version) as last_version
     from judged
     where not alone and judgement = 0
-    group by row, decision_id, event_id
+    group by row, event
 ),
 
 settled as (
@@ -53,7 +52,7 @@ settled as (
         end as judgement,  -- 3 contradicted by another value of its event id that would count, 4 outvoted by the rule
         case when j.judgement = 0 and j.version = e.first_version and e.last_version > e.first_version then 1 else 0 end as contradicted
     from judged as j
-    left join events as e on e.row = j.row and e.decision_id = j.decision_id and e.event_id = j.event_id
+    left join events as e on e.row = j.row and e.event = j.event
     where not j.alone
 ),
 

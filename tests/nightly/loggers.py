@@ -1,4 +1,4 @@
-"""A day of a right logger, and of three that are wrong each in its own way, of ad-load's shape: 5 actions, 16 features."""
+"""A day of a right logger, and of some that are wrong each in its own way, of ad-load's shape: 5 actions, 16 features."""
 
 from __future__ import annotations
 
@@ -45,6 +45,12 @@ def fallback_as_sampled(n: int, rng: np.random.Generator) -> Day:
     """On 3 % of the rows the default action is taken, whatever the vector says that is logged."""
     action, vectors, context, arrived = right(n, rng)
     return np.where(rng.random(n) < 0.03, 0, action), vectors, context, arrived
+
+
+def greedy_fallback(n: int, rng: np.random.Generator, share: float = 0.03) -> Day:
+    """On 3 % of the rows the most probable action of the row's own vector is taken, and logged as sampled."""
+    action, vectors, context, arrived = right(n, rng)
+    return np.where(rng.random(n) < share, vectors.argmax(axis=1), action), vectors, context, arrived
 
 
 def rows_lost(n: int, rng: np.random.Generator) -> Day:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ def decided(policy: str = LIVE, rows: int = 100) -> pa.Table:
     return pa.table({"decision_id": [f"{i:05d}" for i in range(rows)], "policy": [policy] * rows})
 
 
+def unreadable(*reasons: str) -> pa.Table:
+    """Decisions that the join could not read, one per reason."""
+    return pa.table({"decision_id": [f"{i:05d}" for i in range(len(reasons))], "reason": list(reasons)})
+
+
 def observed(rows: int, name: str = REWARD) -> pa.Table:
     """As much of rewards as the report reads."""
     return pa.table({"decision_id": [f"{i:05d}" for i in range(rows)], "name": [name] * rows})
@@ -77,6 +83,7 @@ def shortlisted(policy: str, rank: int, value: float, **more: Any) -> Record:
     return {
         "evaluation_id": "e1", "estimator": "DR", "fold": "B", "k": 2, "policy": policy, "rank": rank, "selected_on": value + 0.05,
         "value": value, "difference": value - 0.5, "p_worse": 0.0321, "p_below_c": 0.0123, "tv": 0.4, "decision": "test",
+        "certified": True,
     } | more  # fmt: skip
 
 
@@ -124,8 +131,18 @@ def night(folder: Path, tables: Mapping[str, list[Record]], rows: Mapping[str, p
     """The mart of a night whose lake holds these tables; by default 100 rows on the date and the day before."""
     lake, chosen = Lake(folder / "lake"), options.get("settings") or settings(folder)
     snapshot = write(lake, tables, {TODAY: decided(), YESTERDAY: decided()} if rows is None else rows)
+    return reported(chosen, lake, snapshot)
+
+
+def reported(chosen: Settings, lake: Lake, snapshot: Snapshot) -> Mart:
+    """The mart of what a lake holds."""
     path = report(Night.of(DATE, chosen), chosen, lake, snapshot)
     return read_mart(path.parent.parent, chosen.tenant, path.name)
+
+
+def but(mart: Mart, **tables: list[Record]) -> Mart:
+    """A mart with other rows in some tables; nothing is written or drawn."""
+    return replace(mart, tables={**mart.tables, **{name: TABLES[name].of(rows) for name, rows in tables.items()}})
 
 
 def random_columns(n: int, seed: int) -> np.ndarray:

@@ -13,7 +13,21 @@ from ope.data import DataError, InputError
 from ope.diagnostics import hill_tail_index
 from ope.draws import Draws, Tally, tally
 from ope.simulate import sample_actions
-from tests.nightly.loggers import COLUMNS, FLOOR, NAMES, WRONG, draws, fallback_as_sampled, right, rows_lost, rows_lost_evenly
+from pipelines.nightly.settings import Certificate
+from pipelines.nightly.verdict import Judged, judge
+from tests.nightly.certified_lakes import POINT
+from tests.nightly.loggers import (
+    COLUMNS,
+    FLOOR,
+    NAMES,
+    WRONG,
+    draws,
+    fallback_as_sampled,
+    greedy_fallback,
+    right,
+    rows_lost,
+    rows_lost_evenly,
+)
 
 ALPHA = 0.01
 
@@ -34,6 +48,50 @@ def test_shares_of_the_false_alarm_make_one():
 def test_a_wrong_logger_is_caught_in_every_of_twenty_days(name):
     caught = [families(examined(draws(WRONG[name](20_000, np.random.default_rng(seed))))) for seed in range(20)]
     assert all(caught), [len(found) for found in caught]
+
+
+def test_a_greedy_fallback_of_three_percent_is_caught_on_every_other_day():
+    """No test sees more: weights of the greedy policy, the likelihood ratio, are 3.6 standard deviations off; 3.7 are needed.
+
+    Other tests see none of the 20 days at 3 %. At 5 % each of ten days is caught.
+    """
+    days = [families(examined(draws(greedy_fallback(20_000, np.random.default_rng(seed))))) for seed in range(20)]
+    assert sum("greedy" in found for found in days) == 11
+    assert not any(found - {"greedy"} for found in days)
+    assert all("greedy" in families(examined(draws(greedy_fallback(20_000, np.random.default_rng(s), 0.05)))) for s in range(10))
+
+
+def test_the_greedy_policys_weights_have_their_exact_variance():
+    """The most probable action of 0.8 weighs 1.25, its variance is 1/0.8 - 1 = 0.25; of 0.5 twice, the first is meant: 2, and 1."""
+    vectors = np.array([[0.2, 0.8]] * 400 + [[0.5, 0.5]] * 100)
+    sums = tally(Draws.of(np.array([1] * 400 + [0] * 60 + [1] * 40), vectors))
+    assert float(sums.sums["greedy"]) == pytest.approx(400 * 0.25 + 60 - 40)
+    assert float(sums.sums["greedy_spread"]) == pytest.approx(400 * 0.25 + 100)
+    found = examine(sums, ALPHA, ["a", "b"], []).worst("greedy")
+    assert found is not None
+    assert found.observed == pytest.approx(1 + 120 / 500)
+    assert found.z == pytest.approx(120 / math.sqrt(200))
+    assert found.p == pytest.approx(math.exp(-(120**2) / (2 * (200 + 120 / 3))) / 0.9)
+    assert explain(found).startswith("The most probable action was taken more often than its propensities say")
+    fewer = examine(tally(Draws.of(np.zeros(500, int), vectors)), ALPHA, ["a", "b"], []).worst("greedy")
+    assert fewer is not None
+    assert fewer.p == pytest.approx(math.exp(-(300**2) / (2 * (200 + 300 / 3))) / 0.1)
+    assert explain(fewer).startswith("The most probable action was taken less often")
+
+
+def test_one_conflicting_id_warns_and_two_fail_above_the_share():
+    """0.1 % of 500 decisions is half a decision: one id is above it by chance, two are not. One of 5,000 is below it."""
+    clean = {"outside": 0, "below_floor": 0, "replay_wrong": 0, "gaps": 0, "join_low": None, "join_high": None, "delivered": 0}
+    tests = examine(tally(Draws.of(np.arange(100) % 2, np.full((100, 2), 0.5))), ALPHA, ["a", "b"], [])
+    verdicts = {}
+    for conflicts, rows in ((0, 500), (1, 499), (2, 498), (1, 4_999), (5, 4_995), (6, 4_994)):
+        numbers = clean | {"conflicts": conflicts, "rows": rows, "vectors": 1.0}
+        verdict, why = judge(Judged(numbers, tests, 0, False), Certificate(), POINT)
+        verdicts[conflicts, rows + conflicts] = verdict
+        assert all(one.startswith(f"{conflicts} of {rows + conflicts:,} decisions came with several contents") for one in why)
+    assert verdicts == {
+        (0, 500): "pass", (1, 500): "warn", (2, 500): "fail", (1, 5_000): "pass", (5, 5_000): "pass", (6, 5_000): "fail",
+    }  # fmt: skip
 
 
 def test_rows_lost_that_single_actions_do_not_show_are_caught_along_their_column():
@@ -168,6 +226,7 @@ def test_a_log_that_was_sampled_by_action_is_weighted_back():
         good, bad = draws(right(20_000, rng)), draws(rows_lost(40_000, rng))
         assert not families(examined(kept(good, rng, rate)))
         assert {"actions", "contexts"} <= families(examined(kept(bad, rng, rate)))
+        assert "greedy" in families(examined(kept(draws(greedy_fallback(40_000, rng, 0.1)), rng, rate)))
 
 
 def test_without_vectors_the_mean_weight_is_what_is_left():

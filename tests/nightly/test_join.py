@@ -165,14 +165,12 @@ def test_the_same_text_runs_on_sqlite(rule: RewardRule, events: list[dict[str, A
     )
     connection = apsw.Connection(":memory:")
     connection.execute("create table decisions (row, decision_id, decided_at_ns)")
-    connection.execute(
-        "create table rewards (place, attributed_id, decision_id, event_id, name, observed_at_ns, value, version, alone)"
-    )
+    connection.execute("create table rewards (place, attributed_id, name, observed_at_ns, value, event, version, alone)")
     for row, (id_, at) in enumerate(DECIDED.items()):
         connection.execute("insert into decisions values (?, ?, ?)", (row, id_, start() + at * SECOND))
     for one in relations(decisions(), attributed(events))["rewards"].to_pylist():
-        names = ("place", "attributed_id", "decision_id", "event_id", "name", "observed_at_ns", "value", "version", "alone")
-        connection.execute("insert into rewards values (?, ?, ?, ?, ?, ?, ?, ?, ?)", tuple(one[name] for name in names))
+        names = ("place", "attributed_id", "name", "observed_at_ns", "value", "event", "version", "alone")
+        connection.execute("insert into rewards values (?, ?, ?, ?, ?, ?, ?, ?)", tuple(one[name] for name in names))
     ours = sorted(connection.execute(SQL, parameters(rule, CUTOFF)))
     theirs = [[row, *found(rows)[id_]] for row, id_ in enumerate(DECIDED)]
     assert [tuple(row[2:]) for row in ours] == [tuple(row[2:]) for row in theirs]

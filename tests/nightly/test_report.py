@@ -19,13 +19,14 @@ from bandits.registry import Registry
 from ope.data import InputError
 from ope.estimators import SNIPS
 from ope.moments import Moments, per_row, per_row_gradient
+from pipelines.nightly import alarms, intake
 from pipelines.nightly.lake import Lake
 from pipelines.nightly.mart import Mart, read_mart
-from pipelines.nightly.report import page, render_date, report
+from pipelines.nightly.report import render, report
 from pipelines.nightly.settings import Night
 from pipelines.nightly.summary import lines, needs_attention, to_json
 from pipelines.nightly.tables import TABLES
-from pipelines.nightly.views import chance, duration, label, point_views, printed, reasons, share
+from pipelines.nightly.views import chance, duration, label, point_views, printed, reasons, share, worse
 from tests.nightly.report_nights import (
     DATE,
     DP,
@@ -34,6 +35,7 @@ from tests.nightly.report_nights import (
     REWARD,
     TODAY,
     YESTERDAY,
+    but,
     certificate,
     certified,
     decided,
@@ -44,7 +46,10 @@ from tests.nightly.report_nights import (
     observed,
     point,
     random_columns,
+    reported,
     settings,
+    shortlisted,
+    unreadable,
     write,
 )
 
@@ -113,12 +118,12 @@ def test_the_page_loads_nothing_runs_nothing_and_its_charts_are_well_formed(good
         ET.fromstring(chart)
 
 
-def test_maturity_of_all_policies_is_weighted_by_rows(tmp_path: Path) -> None:
+def test_maturity_of_all_policies_is_weighted_by_rows(good: Mart) -> None:
     rows = [(LIVE, 300, 0.2), ("old@0", 100, 0.6)]
     maturity = [
         {"dp": DP, "policy": p, "day": TODAY, "reward": "click", "age_seconds": 60.0, "rows": n, "labelled": x} for p, n, x in rows
     ]
-    (view,) = point_views(night(tmp_path, {"maturity": maturity}))
+    (view,) = point_views(but(good, maturity=maturity))
     assert view.maturity == [{"day": TODAY, "age_seconds": 60.0, "labelled": pytest.approx(0.3)}]  # (300 * .2 + 100 * .6) / 400
 
 
@@ -166,15 +171,15 @@ def test_an_artifact_is_told_by_eight_digits_of_its_digest() -> None:
     assert label(None) == "-"
 
 
-def test_uncertified_is_said_wherever_a_number_stands(tmp_path: Path) -> None:
-    tables = evaluated()
-    for name in ("estimates", "differences", "portfolio"):
+def test_uncertified_is_said_wherever_a_number_stands(good: Mart, tmp_path: Path) -> None:
+    tables, marked = evaluated(), ("estimates", "differences", "portfolio", "portfolio_policies")
+    for name in marked:
         tables[name] = [row | {"certified": False} for row in tables[name]]
     mart = night(tmp_path, tables)
-    shown = sum(len(mart.records(name)) for name in ("estimates", "differences", "portfolio"))
+    shown = sum(len(mart.records(name)) for name in marked)
     assert html(mart).count('<span class="hatched">uncertified rows in</span>') == shown
     assert sum("[uncertified rows in]" in line for line in lines(mart)) == 4  # three policies, one portfolio
-    assert "uncertified rows in" not in re.sub("Dashed interval: uncertified rows in", "", html(night(tmp_path / "b", evaluated())))
+    assert "uncertified rows in" not in re.sub("Dashed interval: uncertified rows in", "", html(good))
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:
@@ -243,11 +248,25 @@ def test_the_summary_is_short_and_says_the_same(good: Mart) -> None:
     ]
 
 
-def test_long_blocks_are_cut_and_what_is_left_out_is_counted(tmp_path: Path) -> None:
+def test_the_summary_names_all_whose_numbers_it_gives(good: Mart) -> None:
+    """The portfolio's numbers are of its k = 2 candidates, not of those alone that are worth a test."""
+    skipped = [shortlisted(name, rank, 0.5, decision="skip") for name, rank in (("fine", 2), ("poor", 3))]
+    text = lines(but(good, portfolio_policies=[shortlisted("good", 1, 0.6), *skipped]))
+    assert text[-2].endswith("P(any harm) 12.3 %: good, fine (skip)")
+
+
+def test_a_policy_that_is_the_baseline_is_not_said_to_be_better(good: Mart) -> None:
+    same = difference("good", 0.0, stderr=0.0, low=0.0, high=0.0) | {"p_worse": 0.0}
+    assert [worse(row) for row in (same, same | {"stderr": 0.01}, same | {"value": 0.1})] == ["-", "< 0.1 %", "< 0.1 %"]
+    text = "\n".join(lines(but(good, differences=[same])))
+    assert "difference 0 (0 to 0); 1,000 rows" in text
+
+
+def test_long_blocks_are_cut_and_what_is_left_out_is_counted(good: Mart) -> None:
     tables = {**evaluated(), **certified("fail")}
     tables["estimates"] += [estimate(f"more {i}", 0.3) for i in range(20)]
     tables["certificates"][0]["reasons"] = [f"Reason {i}." for i in range(7)]
-    text = lines(night(tmp_path, tables))
+    text = lines(but(good, **tables))
     assert len(text) <= 2 + 17
     assert "    and 18 more" in text, "two candidates, a baseline and 20 more; five are shown"
     assert "    and 5 more" in text, "reasons of the certificate"
@@ -264,6 +283,7 @@ def test_failed_certificate_is_an_alarm_since_it_first_failed_without_a_break(tm
     assert alarm["evidence"] == f"{LIVE}: Weights average 1.31."
     (row,) = mart.records("decision_points")
     assert (row["verdict"], row["certified"]) == ("fail", pytest.approx(1 / 5))  # one day of five with rows
+    assert "until then, by default, these rows are left out" in row["next_action"]
     assert needs_attention(mart)
     assert "ALARM certificate failed: uniform@1: Weights average 1.31." in "\n".join(lines(mart))
 
@@ -288,6 +308,7 @@ def test_rows_without_a_certificate_are_an_alarm(tmp_path: Path) -> None:
     other = night(tmp_path / "other", certified("pass"), {TODAY: decided("someone@2")})
     assert "someone@2" in other.records("alarms")[0]["evidence"]
     assert other.records("decision_points")[0]["verdict"] == "missing"
+    assert "by default, estimates leave them out" in other.records("alarms")[0]["text"]
 
 
 @pytest.mark.parametrize(("back", "severity"), [(1, "caution"), (2, "alarm"), (3, "alarm")])
@@ -323,23 +344,36 @@ def test_orphans_belong_to_no_decision_point_and_are_said(tmp_path: Path) -> Non
     chosen, lake = settings(tmp_path), Lake(tmp_path / "lake")
     write(lake, certified("pass", "pass"), {TODAY: decided(), YESTERDAY: decided()})
     snapshot = lake.commit([lake.write("orphan_rewards", decided(rows=12))])
-    report(Night.of(DATE, chosen), chosen, lake, snapshot)
-    mart = read_mart(tmp_path / "reports", "shop")
+    mart = reported(chosen, lake, snapshot)
     assert [(row["dp"], row["rule"], row["evidence"]) for row in mart.records("alarms")] == [("", "orphans", "12 rewards.")]
-    assert lines(mart)[-1].startswith("caution orphans: Events wait for decisions that are not known")
+    assert lines(mart)[-1].startswith(
+        "caution orphans: Events wait for decisions that are not known, or whose id came with several"
+    )
 
 
 def test_decisions_that_cannot_be_read_are_an_alarm_where_they_are_many(tmp_path: Path) -> None:
     chosen, lake = settings(tmp_path), Lake(tmp_path / "lake")
     write(lake, certified("pass", "pass"), {TODAY: decided(), YESTERDAY: decided()})
-    snapshot = lake.commit([lake.write("unreadable", decided(rows=3), point=DP, day=day) for day in (TODAY, YESTERDAY)])
-    report(Night.of(DATE, chosen), chosen, lake, snapshot)
-    mart = read_mart(tmp_path / "reports", "shop")
+    wrong = [f"row {i}, action {what}" for i, what in enumerate(("'y': found nothing.", "'y': found nothing.", "'x': found text."))]
+    snapshot = lake.commit([lake.write("unreadable", unreadable(*wrong), point=DP, day=day) for day in (TODAY, YESTERDAY)])
+    mart = reported(chosen, lake, snapshot)
     assert rules(mart) == {"unreadable": ("alarm", TODAY)}
-    assert mart.records("alarms")[0]["evidence"] == "3 decisions."
-    snapshot = lake.commit([lake.write("unreadable", decided(rows=1), point=DP, day=TODAY)])
-    report(Night.of(DATE, chosen), chosen, lake, snapshot)
-    assert rules(read_mart(tmp_path / "reports", "shop")) == {"unreadable": ("caution", TODAY)}
+    assert mart.records("alarms")[0]["evidence"] == "3 decisions: 2 action 'y': found nothing, 1 action 'x': found text."
+    snapshot = lake.commit([lake.write("unreadable", unreadable(*wrong[:1]), point=DP, day=TODAY)])
+    assert rules(reported(chosen, lake, snapshot)) == {"unreadable": ("caution", TODAY)}
+
+
+def test_a_date_of_which_nothing_can_be_read_is_not_one_on_which_nothing_came(tmp_path: Path) -> None:
+    chosen, lake = settings(tmp_path), Lake(tmp_path / "lake")
+    wrong = unreadable(*(f"row {i}, context feature 'y': found nothing; expected a number" for i in range(600)))
+    write(lake, {"certificates": [certificate(YESTERDAY)]}, {YESTERDAY: decided(), TODAY: decided(rows=0)})
+    snapshot = lake.commit([lake.write("unreadable", wrong, point=DP, day=TODAY)])
+    mart = reported(chosen, lake, snapshot)
+    assert rules(mart) == {"unreadable": ("alarm", TODAY)}
+    why = "context feature 'y': found nothing; expected a number."
+    assert mart.records("alarms")[0]["evidence"] == f"600 decisions: {why}"
+    assert mart.records("decision_points")[0]["next_action"] == f"Mend the features of the decision point: {why}"
+    assert mart.manifest.data_through == TODAY, "decisions arrived"
 
 
 def test_rewards_of_unknown_names_and_rejected_records_are_said(tmp_path: Path) -> None:
@@ -351,8 +385,7 @@ def test_rewards_of_unknown_names_and_rejected_records_are_said(tmp_path: Path) 
     snapshot = lake.commit(
         [*written, lake.write("rewards", observed(96), point=DP, day=YESTERDAY), lake.write("rejected", reasons)]
     )
-    report(Night.of(DATE, chosen), chosen, lake, snapshot)
-    mart = read_mart(tmp_path / "reports", "shop")
+    mart = reported(chosen, lake, snapshot)
     assert rules(mart) == {"rejected": ("caution", TODAY), "unknown rewards": ("alarm", TODAY)}
     evidence = {row["rule"]: row["evidence"] for row in mart.records("alarms")}
     assert evidence["rejected"] == "7 of 1,000: 5 kind: expected, 2 unit: expected."
@@ -381,18 +414,17 @@ def test_revisions_are_days_that_were_written_again(tmp_path: Path) -> None:
         lake.commit([lake.write("rows", decided(rows=rows), point=DP, day=YESTERDAY)])
     lake.commit([lake.write("rewards", observed(rows), point=DP, day=TODAY) for rows in (1, 2)])
     snapshot = lake.commit([lake.write("rows", decided(rows=5), point=DP, day=YESTERDAY, bucket=1)])
-    report(Night.of(DATE, chosen), chosen, lake, snapshot)
-    (row,) = read_mart(tmp_path / "reports", "shop").records("revisions")
+    (row,) = reported(chosen, lake, snapshot).records("revisions")
     assert row == {
         "tenant": "shop", "dp": DP, "day": YESTERDAY, "revision": 3, "rows": 125, "snapshot": snapshot.id,
-        "reason": "Rewards matured after the rows were first written.",
+        "reason": "Rewards matured, or settings changed, after the rows were first written.",
     }  # fmt: skip
     for rows in (3, 4):
         lake.commit([lake.write("rewards", observed(rows), point=DP, day=YESTERDAY)])
-    report(Night.of(DATE, chosen), chosen, lake, lake.snapshot())
-    (row,) = read_mart(tmp_path / "reports", "shop").records("revisions")
+    mart = reported(chosen, lake, lake.snapshot())
+    (row,) = mart.records("revisions")
     assert row["reason"] == "Rewards arrived after the rows were first written."
-    assert "Rewards arrived after the rows were first written." in html(read_mart(tmp_path / "reports", "shop"))
+    assert "Rewards arrived after the rows were first written." in html(mart)
 
 
 def test_a_night_that_runs_again_is_the_same_to_the_byte(tmp_path: Path) -> None:
@@ -404,14 +436,12 @@ def test_a_night_that_runs_again_is_the_same_to_the_byte(tmp_path: Path) -> None
     assert {path.name: path.read_bytes() for path in first.iterdir()} == before
 
 
-def test_a_date_is_rendered_again_from_its_tables(tmp_path: Path) -> None:
-    mart = night(tmp_path, {**evaluated(), **certified("pass", "pass")})
-    before = html(mart)
-    (mart.folder / "report.html").unlink()
-    path, text = render_date(settings(tmp_path), DATE)
-    assert path == mart.folder / "report.html"
-    assert html(mart) == before == page(mart)
-    assert text == lines(mart)
+def test_a_date_is_rendered_again_from_its_tables(good: Mart) -> None:
+    before = html(good)
+    (good.folder / "report.html").unlink()
+    text = render(read_mart(good.folder.parent.parent, "shop", TODAY))
+    assert html(good) == before
+    assert text == lines(good)
 
 
 def test_what_is_promoted_is_the_live_policy(tmp_path: Path) -> None:
@@ -434,8 +464,8 @@ def test_two_decision_points_keep_their_numbers_apart(tmp_path: Path) -> None:
     tables = evaluated()
     tables["evaluations"].append(tables["evaluations"][0] | {"evaluation_id": "e2", "dp": "search"})
     tables["estimates"].append(estimate("only here", 0.9, evaluation_id="e2"))
-    mart = night(tmp_path, tables, settings=settings(tmp_path, point(), point("search")))
-    ads, search = point_views(mart)
+    mart = night(tmp_path, {}, settings=settings(tmp_path, point(), point("search")))  # nothing to draw
+    ads, search = point_views(but(mart, evaluations=tables["evaluations"], estimates=tables["estimates"]))
     assert {row["policy"] for row in search.headline} == {"only here"}
     assert "only here" not in {row["policy"] for row in ads.headline}
 
@@ -449,6 +479,13 @@ def test_the_reference_names_every_table_with_its_keys_and_columns() -> None:
         keys = re.search(r"^Key: (.*)\.$", text, re.MULTILINE)
         assert keys, name
         assert re.findall(r"`([^`]+)`", keys[1]) == list(TABLES[name].columns)[: TABLES[name].keys], name
+
+
+def test_the_reference_names_every_alarm() -> None:
+    (listed,) = re.findall(r"^\| `rule` \| (.*) \|$", REFERENCE.read_text(), re.MULTILINE)
+    source = "".join(Path(module.__file__ or "").read_text() for module in (alarms, intake))
+    yielded = re.findall(r'(?:_Rule\(|alarm\(\s*(?:facts\.dp|point\.name|""), )"([a-z ]+)"', source)
+    assert sorted(re.findall(r"`([^`]+)`", listed)) == sorted(yielded)
 
 
 def test_moments_of_two_buckets_add_to_those_of_the_whole() -> None:
