@@ -66,8 +66,8 @@ def night(folder: Path) -> dict[str, Any]:
     return {"wall_s": round(time.perf_counter() - wall, 1), "cpu_s": round(time.process_time() - cpu, 1), "steps": steps}
 
 
-def join(folder: Path) -> dict[str, Any]:
-    """join.sql on every partition, read from the lake."""
+def join(folder: Path, threads: int) -> dict[str, Any]:
+    """join.sql on every partition, read from the lake; as many at a time as there are threads."""
     import duckdb
 
     from pipelines.nightly.join import OBSERVED, outcome, relations
@@ -83,18 +83,18 @@ def join(folder: Path) -> dict[str, Any]:
     wall, cpu = time.perf_counter(), time.process_time()
 
     def of(decisions: Entry, rewards: Entry) -> int:
-        with duckdb.connect(config={"threads": 1}) as database:
+        with database.cursor() as cursor:
             read = lake.read(decisions, ["decision_id", "decided_at_ns"])
             for name, table in relations(read, lake.read(rewards, OBSERVED)).items():
-                database.register(name, table)
-            return len(outcome(database, rule, cutoff)["value.value"])
+                cursor.register(name, table)
+            return len(outcome(cursor, rule, cutoff)["value.value"])
 
-    with ThreadPoolExecutor(2) as threads:  # as the step does it
-        rows = sum(threads.map(of, snapshot.find("decisions"), snapshot.find("rewards")))
+    with duckdb.connect(config={"threads": 1}) as database, ThreadPoolExecutor(threads) as pool:
+        rows = sum(pool.map(of, snapshot.find("decisions"), snapshot.find("rewards")))
     return {"rows": rows, "wall_s": round(time.perf_counter() - wall, 2), "cpu_s": round(time.process_time() - cpu, 2)}
 
 
-def bare(folder: Path) -> dict[str, Any]:
+def bare(folder: Path, threads: int) -> dict[str, Any]:
     """A left join of the same columns by DuckDB, of all files at once, to Arrow."""
     import duckdb
 
@@ -104,7 +104,7 @@ def bare(folder: Path) -> dict[str, Any]:
     lake = open_lake(read_settings(folder / "propel.toml"))
     files = {name: [str(lake.folder / entry.path) for entry in lake.snapshot().find(name)] for name in ("decisions", "rewards")}
     wall, cpu = time.perf_counter(), time.process_time()
-    database = duckdb.connect(config={"threads": 2})
+    database = duckdb.connect(config={"threads": threads})
     found = database.sql(
         "select d.decision_id, d.decided_at_ns, r.name, r.observed_at_ns, r.value, r.event, r.version "
         "from read_parquet($decisions) d left join read_parquet($rewards) r on r.attributed_id = d.decision_id",
@@ -124,7 +124,12 @@ def child(job: str, folder: Path) -> None:
     """Run one job and print what it found."""
     import resource
 
-    found = {"night": night, "join": join, "bare": bare}[job](folder)
+    name, _, threads = job.partition(":")
+    if threads:
+        import pyarrow as pa
+
+        pa.set_cpu_count(int(threads))
+    found = {"join": join, "bare": bare}[name](folder, int(threads)) if threads else night(folder)
     print(json.dumps(found | {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}))
 
 
@@ -148,13 +153,14 @@ def main() -> None:
             print(json.dumps({"figure": f"night, {times * options.decisions:,} decisions"} | nights[-1]), flush=True)
         growth = {clock: round(nights[1][clock] / nights[0][clock], 2) for clock in ("wall_s", "cpu_s")}
         print(json.dumps({"figure": "night, twice the rows", "ratio": growth}), flush=True)
-        found = {}
-        for job in ("join", "bare"):
-            runs = sorted((ask(job, home / "1") for _ in range(options.repeats)), key=lambda run: run["wall_s"])
-            found[job] = runs[len(runs) // 2]
-            print(json.dumps({"figure": job} | found[job]), flush=True)
-        ratios = {clock: round(found["join"][clock] / found["bare"][clock], 2) for clock in ("wall_s", "cpu_s")}
-        print(json.dumps({"figure": "join beside a bare join", "ratio": ratios}), flush=True)
+        for threads in (1, 2):
+            found = {}
+            for job in ("join", "bare"):
+                runs = sorted((ask(f"{job}:{threads}", home / "1") for _ in range(options.repeats)), key=lambda run: run["wall_s"])
+                found[job] = runs[len(runs) // 2]
+                print(json.dumps({"figure": job, "threads": threads} | found[job]), flush=True)
+            ratios = {clock: round(found["join"][clock] / found["bare"][clock], 2) for clock in ("wall_s", "cpu_s")}
+            print(json.dumps({"figure": "join beside a bare join", "threads": threads, "ratio": ratios}), flush=True)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ def join(
     partitions = [entry for point in settings.points for entry in snapshot.find("decisions", point.name, days)]
     held = {entry.place: entry for entry in snapshot.entries}
     written: list[Entry] = []
-    with ThreadPoolExecutor(2) as threads:
-        tasks = [threads.submit(_joined_anew, entry, held, night, settings, lake, conflicting) for entry in partitions]
+    with duckdb.connect(config={"threads": 1}) as database, ThreadPoolExecutor(2) as threads:
+        tasks = [threads.submit(_joined_anew, entry, held, night, settings, lake, conflicting, database) for entry in partitions]
         for done, task in enumerate(tasks):
             written += task.result()
             progress(done + 1, len(tasks))
@@ -66,6 +66,7 @@ def _joined_anew(
     settings: Settings,
     lake: Lake,
     conflicting: Set[str],
+    database: duckdb.DuckDBPyConnection,
 ) -> list[Entry]:
     """The rows of one partition of decisions, where something new can be said of them."""
     point = settings.point(entry.point)
@@ -83,9 +84,9 @@ def _joined_anew(
     observed, seen = (
         None if one is None else lake.read(one, names) for one, names in ((rewards, OBSERVED), (shown, ("decision_id", "action")))
     )
-    with duckdb.connect(config={"threads": 1}) as database:
+    with database.cursor() as cursor:  # what is registered there is seen there alone
         rows, unreadable = joined(
-            lake.read(entry, list(NEEDED)), observed, seen, point, cutoff, segments=segments, conflicting=among, database=database
+            lake.read(entry, list(NEEDED)), observed, seen, point, cutoff, segments=segments, conflicting=among, database=cursor
         )
     written = [_write(lake, "rows", rows, place, key, cutoff)]
     if unreadable or ("unreadable", *place) in held:

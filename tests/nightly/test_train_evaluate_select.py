@@ -209,6 +209,7 @@ def test_portfolio_is_chosen_on_a_and_valued_on_b(night):
         (k, "not graded here", True, "B") for k in (2, 3)
     ]
     place = {"estimator": "DR", "metric": "click", "segment": "all", "window": 2}
+    assert {row["certified"] for row in policies} == {True}
     for row in policies:
         on = {fold: one(records(lake, "estimates"), policy=row["policy"], fold=fold, **place) for fold in "AB"}
         against = one(records(lake, "differences"), policy=row["policy"], fold="B", **place)
