@@ -145,6 +145,7 @@ class _Ingest:
         for kind, judge in judges.items():
             first = 0
             for table in source.batches(kind):
+                self.lake.bytes_read += table.nbytes
                 judged = judge(table)
                 counts[kind] += judged.kept.num_rows
                 counts["rejected"] += len(judged.rejected)

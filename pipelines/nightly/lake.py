@@ -94,7 +94,7 @@ class Lake:
     keep: int = 200
     """Manifests kept when old files are swept."""
     bytes_read: int = 0
-    """By this process so far."""
+    """By this process so far: columns as they are in memory, of partitions and of sources."""
     _verified: set[str] = field(default_factory=set)
 
     def snapshot(self, id_: str | None = None) -> Snapshot:
