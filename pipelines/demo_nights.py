@@ -154,7 +154,8 @@ def lines(week: Week) -> list[str]:
         *text,
         "  ±: half of the 95 % interval.",
         f"  Night {week.killed_on} was killed (SIGKILL) once {KILLED_AFTER} was committed. Run again, it had",
-        f"  nothing new to do for {', '.join(['ingest', *done])}, and did {', '.join(left)}, report.",
+        f"  nothing new to do for {', '.join(['ingest', *done])},",
+        f"  and did {', '.join(left)}, report.",
     ]
 
 

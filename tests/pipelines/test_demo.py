@@ -136,5 +136,5 @@ def test_a_night_of_the_week_is_killed_and_gone_on_with(tmp_path: Path) -> None:
     assert min(told[step] for step in ("certify", "train", "evaluate", "select")) > 0
     text = nights(week)
     assert text[1].split()[:3] == ["2019-11-24", "1,484", "pass"]
-    assert "Night 1 was killed (SIGKILL) once join was committed" in text[-2]
+    assert "Night 1 was killed (SIGKILL) once join was committed" in text[-3]
     assert max(map(len, text)) <= 80, text
