@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import expit, logit
 
 from bandits.batch import DecisionBatch
 from ope.data import FloatArray, InputError, checked_finite
@@ -124,7 +123,10 @@ class Calibration:
         values = np.asarray(predicted, dtype=np.float64)
         if not self.log_odds:
             return np.interp(values, self.x, self.y)
-        calibrated: FloatArray = expit(np.interp(log_odds(values), self.x, self.y))
+        # By numpy alone: scipy would double the time that a process takes to start and to answer a policy's golden requests.
+        odds = np.interp(log_odds(values), self.x, self.y)
+        with np.errstate(over="ignore"):  # of log-odds below -700: the probability is 0
+            calibrated: FloatArray = 1 / (1 + np.exp(-odds))
         return calibrated
 
 
@@ -160,5 +162,6 @@ def log_odds(probability: FloatArray) -> FloatArray:
     """log(p / (1 - p)), within ±LARGEST_LOGIT. Raises InputError for what is no probability."""
     if not np.all((probability >= 0) & (probability <= 1)):
         raise InputError("found predictions outside [0, 1]; expected probabilities. Use isotonic calibration for others")
-    odds: FloatArray = np.clip(logit(probability), -LARGEST_LOGIT, LARGEST_LOGIT)
-    return odds
+    with np.errstate(divide="ignore"):  # of 0 and 1: they are clipped
+        odds: FloatArray = np.log(probability) - np.log1p(-probability)
+    return np.clip(odds, -LARGEST_LOGIT, LARGEST_LOGIT)

@@ -15,13 +15,18 @@ from bandits.batch import DecisionBatch
 from bandits.learners import LEARNERS, label
 from ope import LoggedData
 from ope.simulate import sample_actions
+from tests.once import once
 
 SEEDS, TRAIN, K = 5, 1200, 10
 LOGGING, UNIFORM = 0.3, 0.1
 
 
 @pytest.fixture(scope="module")
-def values() -> dict[str, np.ndarray]:
+def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    return once(tmp_path_factory, "digits", all_values)
+
+
+def all_values() -> dict[str, np.ndarray]:
     """True value of every learner's policy, and of a classifier that saw all labels, on each of the splits."""
     pixels, digit = load_digits(return_X_y=True)
     pixels = pixels / 16

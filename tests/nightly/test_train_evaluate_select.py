@@ -18,7 +18,6 @@ from pipelines.nightly.lake import Snapshot
 from pipelines.nightly.rows import read_rows
 from pipelines.nightly.select import select
 from pipelines.nightly.settings import Night
-from pipelines.nightly.tables import TABLES
 from pipelines.nightly.train import train
 from pipelines.nightly.window import Window
 from tests.nightly.joined_worlds import (
@@ -264,42 +263,6 @@ def _changed(file, table, **values):
 
 
 # Buckets
-
-
-def test_buckets_change_no_estimate(tmp_path):
-    """What is learned is the same to the bit, so that candidates of one bucket are valued on 4 and 16 as well."""
-    log = simulate(4000, seed=5, units=900, days=2)
-    made = settings(tmp_path, train={"learners": ("oracle-softmax (trees)",)}, evaluate={"windows": (1, 2)})
-    found, learned, candidates = [], [], None
-    for buckets in (1, 4, 16):
-        lake = write_lake(tmp_path / f"lake {buckets}", log, buckets=buckets)
-        learned.append(window_of(made, lake).learn_log("click"))
-        if candidates is None:
-            run([train], made, lake)
-            candidates = TABLES["candidates"].of(records(lake, "candidates"))
-        else:
-            lake.commit([lake.write("candidates", candidates, point="banner", day=TODAY)])
-        run([evaluate, select], made, lake)
-        found.append({table: _numbers(lake, table) for table in ("estimates", "differences", "portfolio_policies")})
-        assert [len(numbers) for numbers in found[-1].values()] == [3 * 4 * 2 * 2, 2 * 4 * 2 * 2, 2]
-    for other in learned[1:]:
-        for name in ("action", "reward", "propensity", "context", "eligible", "cluster"):
-            np.testing.assert_array_equal(getattr(other, name), getattr(learned[0], name))
-    for other in found[1:]:
-        for table, numbers in found[0].items():
-            assert other[table].keys() == numbers.keys()
-            for place, expected in numbers.items():
-                assert other[table][place] == pytest.approx(expected, rel=1e-12, abs=1e-12), place
-
-
-def _numbers(lake, table):
-    """Numbers by what names them."""
-    names = ("value", "stderr", "low", "high", "ess", "p_worse", "difference", "selected_on", "weight_mean")
-    places = ("estimator", "metric", "segment", "fold", "window", "k")
-    return {
-        (row["policy"], *(row.get(place) for place in places)): [row[name] for name in names if name in row]
-        for row in records(lake, table)
-    }
 
 
 # What is left out, and what is said

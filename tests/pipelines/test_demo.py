@@ -18,11 +18,12 @@ from pipelines.demo_nights import lines as nights
 from pipelines.demo_nights import run_week
 from pipelines.importers.open_bandit import open_bandit
 from pipelines.report import write_demo_report
+from tests.once import once
 
 
 @pytest.fixture(scope="module")
-def found() -> Demo:
-    return compute(lambda step: None)
+def found(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    return once(tmp_path_factory, "demo", lambda: compute(lambda step: None))
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from ope.estimators import IPS, SNIPS
 from ope.intervals import normal_quantile, t_quantile
 from ope.moments import counted, per_row_gradient
 from ope.primitives import terms
+from tests.once import once
 
 from .worlds import FiniteWorld, covered
 
@@ -38,7 +39,11 @@ def exact(name: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def intervals():
+def intervals(tmp_path_factory):
+    return once(tmp_path_factory, "coverage", all_intervals)
+
+
+def all_intervals():
     """name -> (low, value, high), each (1000,), through the public call on logs of 5,000 rows."""
     rng, found = np.random.default_rng(2), np.empty((LOGS, len(NAMES), 3))
     for log in found:
@@ -160,7 +165,11 @@ def without_count(total: np.ndarray) -> list[tuple[float, float]]:
 
 
 @pytest.fixture(scope="module")
-def user_intervals():
+def user_intervals(tmp_path_factory):
+    return once(tmp_path_factory, "coverage-of-users", all_user_intervals)
+
+
+def all_user_intervals():
     """How summed -> ends (1000, estimators, 2)."""
     rng = np.random.default_rng(5)
     found: dict[str, list] = {"per day": [], "by key": [], "evaluate": [], "no clusters": [], "no count": []}

@@ -12,6 +12,7 @@ from ope import evaluate
 from ope.nuisance import cross_fit_reward
 from ope.primitives import terms
 from ope.simulate import World, softmax
+from tests.once import once
 
 WORLD = World.random(5, 20, 7, bias=0.8)
 LOGS = 100
@@ -44,7 +45,11 @@ def estimates_of(setting: str, n: int, rng: np.random.Generator) -> dict[str, fl
 
 
 @pytest.fixture(scope="module")
-def estimates():
+def estimates(tmp_path_factory):
+    return once(tmp_path_factory, "honest-experiment", all_estimates)
+
+
+def all_estimates():
     """(setting, n) -> name -> estimates (100,)."""
     found = {}
     for setting in SETTINGS:
@@ -64,8 +69,8 @@ def true_value(setting: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def truth():
-    return {setting: true_value(setting) for setting in SETTINGS}
+def truth(tmp_path_factory):
+    return once(tmp_path_factory, "honest-experiment-truth", lambda: {setting: true_value(setting) for setting in SETTINGS})
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from ope.estimators import DM, DR, IPS, SNIPS, ClippedIPS
 from ope.nuisance import cross_fit_reward
 from ope.selection import sharpe_ratio_at_k, top_k
 from ope.simulate import World, softmax
+from tests.once import once
 
 SEEDS = range(50)
 KINDS = (DM(), IPS(), SNIPS(), ClippedIPS(5.0), DR())
@@ -71,7 +72,11 @@ def trial(world: World, columns: np.ndarray, true: np.ndarray, fresh: np.ndarray
 
 
 @pytest.fixture(scope="module")
-def trials():
+def trials(tmp_path_factory):
+    return once(tmp_path_factory, "sharpe-benchmark", all_trials)
+
+
+def all_trials():
     """Regime -> 50 trials, each in a world of its own."""
     found: dict[str, list[Trial]] = {regime: [] for regime in REGIMES}
     for seed in SEEDS:
