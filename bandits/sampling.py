@@ -48,10 +48,10 @@ def quantise(vector: Sequence[float], *, explore: bool = True) -> list[int]:
     left below zero by less than a share counts as 0.
     Raises InputError where the vector is not a distribution.
     """
-    least = 1 if explore else 0
+    least, total = 1 if explore else 0, float(TOTAL)
     try:
-        shares = [int(p * TOTAL) or least for p in vector]
-    except (ValueError, OverflowError, TypeError):  # NaN, infinity, no number
+        shares = [int(p * total) or least for p in vector]
+    except (ValueError, OverflowError, TypeError):  # NaN, infinity, no number; texts and lists would be repeated by an int
         shares = []
     left = TOTAL - sum(shares)
     if not shares or min(shares) < 0 or abs(left) > SLACK + len(shares):

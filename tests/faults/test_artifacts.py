@@ -245,7 +245,7 @@ def test_what_the_key_has_signed_is_still_tried_in_a_child(tmp_path, name):
     path = signed(write(tmp_path, "trees"), **SIGNED[name](write(tmp_path, "trees")))
     read_verified(path, KEY.public_key(), path.name)
     with pytest.raises(InputError, match="trial check"):
-        load(path, limits=Limits(seconds=20))
+        load(path, limits=Limits(seconds=5 if name == "children in a circle" else 20))  # that one answers nothing, ever
     assert not Path("/tmp/propel-pickle-ran").exists()
 
 
