@@ -92,7 +92,7 @@ def test_ips_and_snips_cover_the_truth():
     truth = (target(fresh) * WORLD.q(fresh)[:, :2]).sum(axis=1).mean()
     held = {"IPS": 0, "SNIPS": 0}
     for seed in range(12):
-        frame, context, _ = simulated(logging, 1200, 100 + seed)
+        frame, context, _ = simulated(logging, 900, 100 + seed)
         log = estimated_log(frame, COLUMNS, estimate_propensities(frame, COLUMNS))
         for name, estimate in evaluate(log.data, target(context)).items():
             held[name] += estimate.low <= truth <= estimate.high
