@@ -33,6 +33,7 @@ from pipelines.terminal import (
     progress,
     split,
 )
+from serving import commands
 
 if TYPE_CHECKING:
     from ope.intervals import Interval
@@ -48,6 +49,9 @@ app = typer.Typer(
 app.add_typer(policy_app)
 app.command()(nightly_commands.nightly)
 app.command()(nightly_commands.report)
+app.command()(commands.init)
+app.command()(commands.serve)
+app.add_typer(commands.key_app)
 
 
 class IntervalKind(StrEnum):

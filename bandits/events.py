@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 import msgspec
@@ -83,16 +85,16 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for name in self._ids:
             check_id(name, getattr(self, name))
-        for action in (*self.actions, *(action for action, _ in self.excluded)):
-            check_id("actions", action)
+        removed = [action for action, _ in self.excluded]
+        _check_ids("actions", self.actions)
+        _check_ids("actions", removed)
         if self.kind not in KINDS:
             raise ValueError(f"kind: found {self.kind!r}; expected one of {', '.join(KINDS)}")
         if len(self.shares) % 4:
             raise ValueError(f"shares: found {len(self.shares)} bytes; expected four per action")
         if len(set(self.actions)) != len(self.actions):
             raise ValueError("actions: found one twice; expected distinct ids")
-        both = set(self.actions) & {action for action, _ in self.excluded}
-        if both:
+        if removed and (both := set(self.actions) & set(removed)):
             raise ValueError(f"excluded: found {min(both)!r}, which is among the eligible actions; expected one or the other")
         if not 0 <= self.chosen < len(self.actions):
             raise ValueError(f"chosen: found {self.chosen}; expected an index into the {len(self.actions)} actions")
@@ -101,13 +103,13 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
                 f"propensity, pass_probability: found {self.propensity}, {self.pass_probability}; expected both in (0, 1]"
             )
         if self.shares:
-            vector = self.share_vector()
-            if len(vector) != len(self.actions) or int(vector.sum()) != TOTAL:
+            shares = struct.unpack(f"<{len(self.shares) // 4}I", self.shares)
+            if len(shares) != len(self.actions) or sum(shares) != TOTAL:
                 raise ValueError(
-                    f"shares: found {len(vector)} summing to {int(vector.sum())}; expected {len(self.actions)} summing to {TOTAL}"
+                    f"shares: found {len(shares)} summing to {sum(shares)}; expected {len(self.actions)} summing to {TOTAL}"
                 )
-            if int(vector[self.chosen]) / TOTAL != self.propensity:
-                raise ValueError(f"propensity: found {self.propensity}; expected its share, {int(vector[self.chosen]) / TOTAL}")
+            if shares[self.chosen] / TOTAL != self.propensity:
+                raise ValueError(f"propensity: found {self.propensity}; expected its share, {shares[self.chosen] / TOTAL}")
 
     def check_body(self) -> None:
         """Raise InputError where the body is not the one that was hashed when the decision was made."""
@@ -164,6 +166,17 @@ def check_id(field: str, text: str | None) -> None:
         raise InputError(
             f"{field}: found {text if not isinstance(text, str) else text[:140]!r}; expected 1 to 128 printable characters"
         )
+
+
+def _check_ids(field: str, texts: Sequence[str]) -> None:
+    """`check_id` of many: at once where all are well."""
+    try:
+        good = "".join(texts).isprintable() and all(1 <= len(text) <= 128 for text in texts)
+    except TypeError:
+        good = False
+    if not good:
+        for text in texts:
+            check_id(field, text)
 
 
 def canonical(value: Any) -> bytes:

@@ -6,16 +6,15 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bandits.salts import read_salts
 from bandits.sampling import Salt, choose
-from ope.data import InputError, IntArray
+from ope.data import IntArray
 from pipelines.nightly.lake import Entry, Lake, Snapshot, key_of
 from pipelines.nightly.settings import Settings
 
@@ -70,19 +69,6 @@ class Raw:
         salts = {str(epoch): salt.key.hex() for epoch, salt in self.salts.items()}
         ids = {policy: sorted(found) for policy, found in self.conflicts.get((point, day), {}).items()}
         return key_of(holes, salts, self.replayed, ids, [entry.sha256 for entry in entries])
-
-
-def read_salts(path: Path) -> dict[int, Salt]:
-    """Salts by seed epoch from a TOML file of lines such as `1 = "00ff..."`. Raises InputError that names the file."""
-    try:
-        found = msgspec.toml.decode(path.read_bytes(), type=dict[str, str])
-        return {int(epoch): Salt(int(epoch), bytes.fromhex(key)) for epoch, key in found.items()}
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; expected the salts of the seed epochs: see certificate.salts") from None
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except ValueError:
-        raise InputError(f'{path}: found no TOML of epochs and salts; expected lines such as 1 = "00ff...", in hex') from None
 
 
 def provenance(

@@ -6,7 +6,7 @@ import datetime as dt
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -129,6 +129,8 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     select: Select = Select()
     registry: Registry = Registry()
     reports: Reports = Reports()
+    serve: dict[str, Any] = {}
+    """The service's own: it checks them."""
 
     def __post_init__(self) -> None:
         check_id("tenant", self.tenant)

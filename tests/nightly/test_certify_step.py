@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 
 from bandits.registry import Registry
+from bandits.salts import read_salts
 from ope.data import InputError
 from pipelines.nightly.certify import passed, verify_certificate
-from pipelines.nightly.provenance import read_salts
 from pipelines.nightly.rows import Entry
 from pipelines.nightly.tables import TABLES
 from tests.nightly.certified_lakes import DATE, NAMES, POINT, SALT, WINDOW, World, logged, place, raw_decisions

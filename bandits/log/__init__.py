@@ -1,0 +1,1 @@
+"""The decision log: acknowledged means durable, and each key is there once."""

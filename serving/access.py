@@ -1,0 +1,147 @@
+"""Who may do what: keys as keyed hashes, tokens of decisions, keyed hashes of units. All from one secret."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from bandits.durable import sync
+from bandits.events import Id
+from bandits.salts import check_secret
+from bandits.toml import read_toml
+from ope.data import InputError
+from serving.problems import ProblemError
+
+Scope: TypeAlias = Literal["decide", "reward", "read"]
+
+SCOPES: tuple[Scope, ...] = ("decide", "reward", "read")
+
+
+class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A key as it is kept: what it may do, and a hash that only the secret's owner can compute."""
+
+    prefix: str
+    """First part of the key, by which it is found."""
+    hash: str
+    tenant: Id
+    scopes: tuple[Scope, ...]
+    expires: str | None = None
+    """Date, UTC, from which on it is not valid."""
+
+
+class KeyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """keys.toml."""
+
+    key: tuple[Key, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """32 random bytes; every use has a key of its own derived from them."""
+
+    bytes_: bytes = field(repr=False)
+
+    @classmethod
+    def read(cls, path: Path) -> Secret:
+        """The secret in a file. Raises InputError where it is lost, short, or open to others."""
+        check_secret(path)
+        found = path.read_bytes()
+        if len(found) != 32:
+            raise InputError(
+                f"{path}: found {len(found)} bytes; expected the 32 that `propel init` wrote: restore it from a backup"
+            )
+        return cls(found)
+
+    def keyed(self, use: bytes, *parts: str, size: int = 16) -> bytes:
+        """Keyed BLAKE2b of texts, each after its length, for one use."""
+        message = b"".join(len(one).to_bytes(4, "big") + one for one in (part.encode() for part in parts))
+        return hashlib.blake2b(message, digest_size=size, key=self.bytes_, person=use).digest()
+
+    def token(self, tenant: str, decision_id: str) -> str:
+        """What proves that a decision was given out."""
+        return base64.urlsafe_b64encode(self.keyed(b"tokens", tenant, decision_id)).rstrip(b"=").decode()
+
+    def is_token(self, token: str, tenant: str, decision_id: str) -> bool:
+        """Whether a token is that of a decision."""
+        return hmac.compare_digest(token.encode(), self.token(tenant, decision_id).encode())
+
+    def unit(self, tenant: str, unit: str) -> str:
+        """What is stored of a unit."""
+        return self.keyed(b"units", tenant, unit).hex()
+
+    def new_key(self, tenant: str, scopes: Iterable[Scope], expires: str | None = None) -> tuple[str, Key]:
+        """A key, which nobody can be told again, and what is kept of it."""
+        prefix = secrets.token_hex(6)
+        text = f"propel_{prefix}_{secrets.token_urlsafe(32)}"
+        return text, Key(prefix, self.keyed(b"keys", text, size=32).hex(), tenant, tuple(scopes), expires)
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Whose request it is, and what it may do."""
+
+    tenant: str
+    scopes: frozenset[str]
+
+
+class Access:
+    """The keys of a service, read again when their file changes."""
+
+    def __init__(self, secret: Secret, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self.secret, self.path, self.clock = secret, path, clock
+        self._keys: dict[str, Key] = {}
+        self._stamp: tuple[int, int] | None = None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take what the file says now. Raises InputError where it cannot be read; the keys then stay as they were."""
+        status = self.path.stat()
+        stamp = (status.st_mtime_ns, status.st_size)
+        if stamp != self._stamp:
+            self._keys = {key.prefix: key for key in read_toml(self.path, KeyFile).key}
+            self._stamp = stamp
+
+    def principal(self, header: bytes | None, scope: Scope) -> Principal:
+        """Who a request's `Authorization` header speaks for. Raises ProblemError where it may not do this."""
+        if header is None or header[:7].lower() != b"bearer ":
+            raise ProblemError("unauthorized", "found no key; expected the header `Authorization: Bearer KEY`")
+        text = header[7:].decode("latin-1").strip()
+        key = self._keys.get(text[7:19])
+        known = hmac.compare_digest(self.secret.keyed(b"keys", text, size=32).hex(), key.hash if key else "")
+        if key is None or not known:
+            raise ProblemError(
+                "unauthorized", "found a key that is not known; expected one that `propel init` or `propel key` made"
+            )
+        if key.expires is not None and time.strftime("%Y-%m-%d", time.gmtime(self.clock())) >= key.expires:
+            raise ProblemError("unauthorized", f"found a key that expired on {key.expires}; expected a valid one: make a new one")
+        if scope not in key.scopes:
+            raise ProblemError("forbidden", f"found a key with the scopes {', '.join(key.scopes)}; expected {scope} among them")
+        return Principal(key.tenant, frozenset(key.scopes))
+
+
+def write_keys(path: Path, keys: Iterable[Key]) -> None:
+    """Replace the file of keys, durably."""
+    text = "# Keys of the service, hashed. Make and end them with `propel key`.\n" + "".join(
+        "\n[[key]]\n" + "".join(f"{name} = {msgspec.json.encode(value).decode()}\n" for name, value in _told(key)) for key in keys
+    )
+    new = path.with_suffix(".new")
+    with new.open("w") as file:
+        file.write(text)
+        file.flush()
+        sync(new)
+    new.chmod(0o600)
+    new.rename(path)
+    sync(path.parent)
+
+
+def _told(key: Key) -> list[tuple[str, object]]:
+    return [(name, value) for name in Key.__struct_fields__ if (value := getattr(key, name)) is not None]

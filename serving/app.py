@@ -1,0 +1,199 @@
+"""The application: settings, registry and log in, FastAPI out. Nothing happens at import."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from bandits.log.port import LogFailedError
+from bandits.log.sqlite import SqliteLog, tell
+from bandits.registry import Registry
+from bandits.salts import check_secret, read_salts
+from ope.data import InputError
+from serving.access import Access, Secret
+from serving.decide import UNIFORM, Served
+from serving.http import routes
+from serving.metrics import Metrics
+from serving.openapi import described
+from serving.problems import ProblemError
+from serving.service import GroupLog, Service
+from serving.settings import Settings
+
+log = structlog.get_logger()
+
+FAILED = 74
+"""Exit status after a write that the disk did not confirm (EX_IOERR)."""
+
+HEARTBEAT = 0.02
+"""Seconds between looks at how late the event loop is."""
+
+
+def served_points(settings: Settings) -> dict[str, Served]:
+    """Every decision point with what the registry promotes there, or uniform. Raises InputError where that does not fit or load."""
+    from bandits.policy import Uniform
+
+    registry = Registry(settings.registry) if settings.registry.exists() else None
+    found = {}
+    for point in settings.points:
+        pointer = registry.pointer(point.name).digest if registry is not None else None
+        if registry is None or pointer is None:
+            found[point.name] = Served(point, Uniform(), UNIFORM)
+            continue
+        artifact = registry.load(pointer)
+        made_for = (artifact.manifest.decision_point, artifact.manifest.features, artifact.manifest.actions)
+        if made_for != (point.name, point.features, point.actions):
+            raise InputError(
+                f"decision point {point.name!r}: found a promoted policy {artifact.reference} for other features or actions; "
+                "expected those of the decision point: promote one that was learned since they changed"
+            )
+        found[point.name] = Served(point, artifact.policy, artifact.reference)
+    return found
+
+
+def create_app(
+    settings: Settings,
+    *,
+    make_log: Callable[..., GroupLog] | None = None,
+    on_failure: Callable[[LogFailedError], object] | None = None,
+) -> FastAPI:
+    """The application. Its policies are loaded here; the log is opened when it starts, and closed when it ends.
+
+    Raises InputError where settings, secrets, keys or policies are not what they should be.
+    """
+    served = served_points(settings)
+    secret = Secret.read(settings.data / "secret.key")
+    access = Access(secret, settings.data / "keys.toml")
+    check_secret(settings.data / "salts.toml")
+    salts = read_salts(settings.data / "salts.toml")
+    metrics = Metrics(
+        {
+            "propel_log_waiting": ("Entries that wait for the disk.", lambda: service.log.waiting[0]),
+            "propel_log_expected_wait_seconds": ("What an entry would wait now.", lambda: service.log.expected_wait),
+            "propel_log_group_entries": ("Entries of the last transaction.", lambda: getattr(service.log, "last_group", 0)),
+            "propel_log_full": ("1 while the disk is full.", lambda: float(service.log.full)),
+            "propel_loop_lag_seconds": ("How late the event loop is.", lambda: service.lag),
+        }
+    )
+    service = Service(
+        served, _Unopened(), salts[max(salts)], secret, settings.serve, metrics  # type: ignore[arg-type]
+    )  # fmt: skip
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+        service.log = (make_log or _sqlite_log)(
+            settings,
+            partial(loop.call_soon_threadsafe, tell),
+            on_failure or (lambda error: loop.call_soon_threadsafe(_end, loop, error)),
+        )
+        gc.collect()
+        gc.freeze()  # what is there now stays: no collection looks at it again
+        tasks = [asyncio.create_task(_beat(service)), asyncio.create_task(_refresh(access))]
+        log.info("serving", points={name: one.reference for name, one in served.items()}, process=os.getpid())
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.to_thread(service.log.close)
+            log.info("ended", process=os.getpid())
+
+    app = FastAPI(title="Propel", version=version("propel"), lifespan=lifespan, docs_url="/docs", redoc_url=None)
+    app.router.routes[:0] = routes(service, access)
+    _add_plain_routes(app, service)
+    _add_problems(app)
+    app.state.service = service
+    openapi = app.openapi
+    app.openapi = lambda: app.openapi_schema or _described(app, openapi)  # type: ignore[method-assign]
+    return app
+
+
+class _Unopened:
+    """Stands for the log until the application starts."""
+
+    full, failed = False, None
+    waiting, expected_wait = (0, 0), 0.0
+
+
+def _sqlite_log(settings: Settings, deliver: Callable[..., object], on_failure: Callable[..., object]) -> SqliteLog:
+    serve = settings.serve
+    return SqliteLog(
+        settings.data / "log", rotate_bytes=serve.rotate_megabytes << 20, rotate_seconds=serve.rotate_seconds,
+        retry_days=serve.retry_days, deliver=deliver, on_failure=on_failure,
+    )  # fmt: skip
+
+
+def _end(loop: asyncio.AbstractEventLoop, error: LogFailedError) -> None:
+    """Say why, let the requests under way be refused, and end: a process that starts anew reads what is really stored."""
+    log.error("log failed", error=str(error))
+    loop.call_later(0.2, os._exit, FAILED)
+
+
+async def _beat(service: Service) -> None:
+    """Measure how late the event loop is."""
+    loop = asyncio.get_running_loop()
+    while True:
+        expected = loop.time() + HEARTBEAT
+        await asyncio.sleep(HEARTBEAT)
+        late = max(0.0, loop.time() - expected)
+        service.lag = late if late > service.lag else 0.7 * service.lag + 0.3 * late
+
+
+async def _refresh(access: Access) -> None:
+    """Take changes of the keys."""
+    while True:
+        await asyncio.sleep(2.0)
+        try:
+            access.refresh()
+        except (InputError, OSError) as error:
+            log.error("keys not read", error=str(error))
+
+
+def _add_plain_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/healthz", summary="Whether the process runs")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz", summary="Whether it can decide", responses={503: {"description": "It cannot now."}})
+    async def readyz() -> Response:
+        state = "log-failed" if service.log.failed is not None else "log-full" if service.log.full else "ok"
+        return Response(f'{{"status":"{state}"}}', 200 if state == "ok" else 503, media_type="application/json")
+
+    @app.get("/metrics", summary="Numbers for Prometheus", response_class=Response)
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_problems(app: FastAPI) -> None:
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 405:
+            return _problem(ProblemError("method-not-allowed", f"found {request.method}; expected another method"), error)
+        return _problem(
+            ProblemError("not-found", f"found no route {request.url.path!r}; expected one that /openapi.json describes"), error
+        )
+
+    @app.exception_handler(Exception)
+    async def fault(request: Request, error: Exception) -> Response:
+        log.error("fault", path=request.url.path, error=repr(error))
+        return _problem(ProblemError("internal", "found a fault of the service; its log says more"))
+
+
+def _problem(problem: ProblemError, error: HTTPException | None = None) -> Response:
+    headers = {name.decode(): value.decode() for name, value in problem.headers()}
+    return Response(problem.encoded(), problem.status, headers=dict(error.headers or {} if error else {}) | headers)
+
+
+def _described(app: FastAPI, openapi: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    app.openapi_schema = described(openapi())
+    return app.openapi_schema

@@ -1,0 +1,125 @@
+"""`propel init`, `propel serve` and `propel key`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+BAD_INPUT = 2
+
+Config = Annotated[Path, typer.Option(help="Settings file.", envvar="PROPEL_CONFIG")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+key_app = typer.Typer(name="key", help="Keys of the service.", no_args_is_help=True)
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder to make.")],
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8080,
+    as_json: AsJson = False,
+) -> None:
+    """Make a folder from which the service starts: settings, a decision point with five actions, secrets, a first key.
+
+    Exit codes: 0 good, 2 bad input.
+    """
+    from serving.setup import initialise
+
+    with _bad_input():
+        made = initialise(folder, port)
+    if as_json:
+        told = {"config": str(made.config), "key": made.key, "decision_point": made.decision_point, "url": made.url}
+        typer.echo(json.dumps(told, indent=2))
+        return
+    typer.echo(
+        f"Settings: {made.config}\nKey, shown this once: {made.key}\n\nStart the service:\n  propel serve --config {made.config}\n"
+        f"Then ask it:\n  curl -H 'Authorization: Bearer {made.key}' -d '{{\"context\": {{}}}}' "
+        f"{made.url}/v1/{made.decision_point}/decisions"
+    )
+
+
+def serve(config: Config = Path("propel.toml")) -> None:
+    """Serve decisions until told to end (SIGTERM, Ctrl-C); requests under way are finished.
+
+    Exit codes: 0 ended, 1 the port is taken, 2 bad input, 74 the disk did not confirm a write.
+    """
+    with _bad_input():
+        from serving.server import run
+        from serving.settings import read_settings
+
+        raise typer.Exit(run(config, read_settings(config)))
+
+
+@key_app.command("add")
+def add(
+    scopes: Annotated[str, typer.Option(help="Comma-separated: decide, reward, read.")] = "decide,reward",
+    tenant: Annotated[str | None, typer.Option(help="Tenant. Default: that of the settings.")] = None,
+    expires: Annotated[str | None, typer.Option(help="Date, UTC, from which on it is not valid.", metavar="YYYY-MM-DD")] = None,
+    config: Config = Path("propel.toml"),
+) -> None:
+    """Make a key, and print it this once. A running service takes it within seconds."""
+    with _bad_input():
+        import datetime as dt
+
+        from ope.data import InputError
+        from serving.access import SCOPES
+        from serving.settings import read_settings
+        from serving.setup import add_key
+
+        settings = read_settings(config)
+        wanted = tuple(scope for scope in SCOPES if scope in [part.strip() for part in scopes.split(",")])
+        if len(wanted) != len(scopes.split(",")):
+            raise InputError(f"found scopes {scopes!r}; expected some of {', '.join(SCOPES)}")
+        try:
+            day = None if expires is None else dt.date.fromisoformat(expires).isoformat()
+        except ValueError:
+            raise InputError(f"found --expires {expires!r}; expected a date such as 2027-01-31") from None
+        typer.echo(add_key(settings.data, tenant or settings.file.tenant, wanted, day))
+
+
+@key_app.command("list")
+def list_(config: Config = Path("propel.toml"), as_json: AsJson = False) -> None:
+    """Keys by their first part; their text is kept nowhere."""
+    with _bad_input():
+        from serving.settings import read_settings
+        from serving.setup import keys_of
+
+        keys = keys_of(read_settings(config).data)
+    if as_json:
+        told = [{"prefix": key.prefix, "tenant": key.tenant, "scopes": key.scopes, "expires": key.expires} for key in keys]
+        typer.echo(json.dumps(told, indent=2))
+        return
+    for key in keys:
+        typer.echo(f"propel_{key.prefix}_...  {key.tenant}  {','.join(key.scopes)}  {key.expires or 'does not expire'}")
+
+
+@key_app.command("remove")
+def remove(
+    prefix: Annotated[str, typer.Argument(help="First letters of the key's middle part, as `propel key list` shows it.")],
+    config: Config = Path("propel.toml"),
+) -> None:
+    """End a key. A running service refuses it within seconds."""
+    with _bad_input():
+        from serving.settings import read_settings
+        from serving.setup import remove_key
+
+        typer.echo(f"ended propel_{remove_key(read_settings(config).data, prefix).prefix}_...")
+
+
+@contextmanager
+def _bad_input() -> Iterator[None]:
+    """Turn an error about the input into a message and exit code 2."""
+    from ope.data import InputError
+
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        typer.echo(f"propel: {error.name} is not installed; run: pip install 'propel[serve]'", err=True)
+        raise typer.Exit(BAD_INPUT) from None
+    except (InputError, OSError) as error:
+        typer.echo(f"propel: {error}", err=True)
+        raise typer.Exit(BAD_INPUT) from None

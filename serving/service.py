@@ -1,0 +1,293 @@
+"""What the service does, whatever it is asked through: decide, take rewards and what was shown, and look decisions up."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import struct
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import msgspec
+from msgspec import UNSET
+
+from bandits.decision_point import RewardRule
+from bandits.events import Decision, Reward, Shown, check_id, digest
+from bandits.log.port import (
+    DecisionLog,
+    Done,
+    Entry,
+    Kind,
+    LogFailedError,
+    LogUnavailableError,
+    Outcome,
+    decision_key,
+    reward_key,
+    shown_key,
+)
+from bandits.sampling import TOTAL, Salt
+from ope.data import InputError
+from serving.access import Secret
+from serving.decide import Served, answer, decide
+from serving.metrics import Metrics
+from serving.problems import ProblemError
+from serving.requests import Asked
+from serving.settings import Serve
+from serving.wire import Accepted, ActionOfRecord, Logged, RewardRequest, ShownRequest
+
+encode = msgspec.json.Encoder().encode
+
+
+class GroupLog(DecisionLog, Protocol):
+    """A log that also takes several entries for one transaction."""
+
+    full: bool
+    failed: LogFailedError | None
+
+    def submit_all(self, entries: list[tuple[Entry, Done]]) -> None:
+        """Queue entries that share a transaction."""
+        ...
+
+
+@dataclass(slots=True)
+class Service:
+    """Everything that a request needs, made once."""
+
+    served: Mapping[str, Served]
+    log: GroupLog
+    salt: Salt
+    secret: Secret
+    limits: Serve
+    metrics: Metrics
+    clock: Callable[[], int] = time.time_ns
+    lag: float = 0.0
+    """Seconds by which the event loop comes late."""
+    rules: Mapping[str, Sequence[RewardRule]] = field(init=False)
+    """Rewards by name, of whichever decision points have one."""
+
+    def __post_init__(self) -> None:
+        found: dict[str, list[RewardRule]] = {}
+        for one in self.served.values():
+            for rule in one.point.rewards:
+                found.setdefault(rule.name, []).append(rule)
+        self.rules = found
+
+    def point(self, name: str) -> Served:
+        """A decision point. Raises ProblemError for another name."""
+        found = self.served.get(name)
+        if found is None:
+            raise ProblemError("unknown-decision-point", f"found {name!r}; expected one of {', '.join(sorted(self.served))}")
+        return found
+
+    def admit(self, deadline_seconds: float | None, spent: float) -> None:
+        """Raise ProblemError where an answer could not be given in time: before anything is sampled."""
+        log = self.log
+        if log.failed is not None:
+            raise ProblemError("log-failed", str(log.failed))
+        entries, size = log.waiting
+        wait = log.expected_wait
+        if deadline_seconds is not None and spent + self.lag + wait > deadline_seconds:
+            raise ProblemError(
+                "deadline-passed",
+                f"found {deadline_seconds * 1000:g} ms to answer in; expected at least {(spent + self.lag + wait) * 1000:.0f}: "
+                "nothing was decided",
+            )
+        limits = self.limits
+        if (
+            entries >= limits.most_waiting
+            or size >= limits.most_waiting_megabytes << 20
+            or wait > limits.longest_wait_seconds
+            or self.lag * 1000 > limits.most_lag_milliseconds
+        ):
+            raise ProblemError("overloaded", f"found {entries} entries waiting; expected fewer: try again later", retry_after=1)
+
+    async def decide(self, asked: Asked, tenant: str, served: Served) -> bytes:
+        """The answer to a request, durable. Raises ProblemError."""
+        told = asyncio.get_running_loop().create_future()
+        self.log.submit(self.decision_entry(asked, tenant, served), partial(_resolve, told))
+        return self._decided(await told, served)
+
+    async def decide_all(self, many: Sequence[Asked], tenant: str, served: Served) -> list[bytes]:
+        """The answer, or the problem, of each request of a batch."""
+        loop = asyncio.get_running_loop()
+        found: list[asyncio.Future[Outcome] | ProblemError] = []
+        entries: list[tuple[Entry, Done]] = []
+        for asked in many:
+            try:
+                entry = self.decision_entry(asked, tenant, served)
+            except ProblemError as problem:
+                found.append(problem)
+                continue
+            told = loop.create_future()
+            entries.append((entry, partial(_resolve, told)))
+            found.append(told)
+        if entries:
+            self.log.submit_all(entries)
+        answers = []
+        for one in found:
+            try:
+                if isinstance(one, ProblemError):
+                    raise one
+                answers.append(self._decided(await one, served))
+            except ProblemError as problem:
+                answers.append(problem.encoded())
+        return answers
+
+    def decision_entry(self, asked: Asked, tenant: str, served: Served) -> Entry:
+        """A decision as the log takes it. Raises ProblemError where none can be made."""
+        try:
+            made = decide(asked, tenant, served, self.salt, self.secret.unit, self.clock)
+        except InputError as error:
+            raise ProblemError("invalid", str(error)) from None
+        told = encode(answer(made, self.secret.token(tenant, made.decision_id)))
+        return Entry(
+            Kind.DECISION,
+            decision_key(tenant, made.decision_id),
+            made.request_hash,
+            encode(made),
+            told,
+            not asked.request.decision_id,
+        )
+
+    def _decided(self, outcome: Outcome, served: Served) -> bytes:
+        self.metrics.events["decision", outcome.state] += 1
+        if outcome.state == "stored":
+            self.metrics.decisions[served.point.name, served.reference] += 1
+        elif outcome.state == "conflict":
+            raise ProblemError(
+                "conflict", "found another request under this decision_id; expected the same one, or an id of its own"
+            )
+        elif outcome.state == "expired":
+            raise ProblemError("expired", "found a decision_id that was used before the retry window; expected an id of its own")
+        return outcome.answer
+
+    async def reward(self, request: RewardRequest, tenant: str) -> Accepted:
+        """Store a reward. Raises ProblemError."""
+        (found,) = await self.rewards([request], tenant)
+        if isinstance(found, ProblemError):
+            raise found
+        return found
+
+    async def rewards(self, requests: Sequence[RewardRequest], tenant: str) -> list[Accepted | ProblemError]:
+        """Store rewards; what became of each."""
+        entries: list[Entry | ProblemError] = []
+        for request in requests:
+            try:
+                entries.append(self._reward_entry(request, tenant))
+            except ProblemError as problem:
+                entries.append(problem)
+        outcomes = iter(await self._stored([entry for entry in entries if isinstance(entry, Entry)]))
+        answers: list[Accepted | ProblemError] = []
+        for request, entry in zip(requests, entries, strict=True):
+            if isinstance(entry, ProblemError):
+                answers.append(entry)
+                continue
+            state = next(outcomes).state
+            kind = entry.kind.name.lower()
+            self.metrics.events[kind, state] += 1
+            if entry.kind is Kind.QUARANTINED:
+                answers.append(
+                    ProblemError(
+                        "wrong-token", "found a token of another decision; expected that of its answer: kept, not learned from"
+                    )
+                )
+            elif state in ("conflict", "expired"):
+                answers.append(
+                    ProblemError(
+                        "conflict", "found another value under this event_id; kept: the decision point's rule says which counts"
+                    )
+                )
+            else:
+                answers.append(Accepted(decision_id=request.decision_id, state=state))
+        return answers
+
+    def _reward_entry(self, request: RewardRequest, tenant: str) -> Entry:
+        rules = self.rules.get(request.name)
+        if rules is None:
+            raise ProblemError("invalid", f"name: found {request.name!r}; expected one of {', '.join(sorted(self.rules))}")
+        if not any(rule.least <= request.value <= rule.high for rule in rules):
+            ranges = " or ".join(f"[{rule.least:g}, {rule.high:g}]" for rule in rules)
+            raise ProblemError("invalid", f"value: found {request.value:g}; expected a number within {ranges}")
+        now = self.clock()
+        event = "" if request.event_id is UNSET else request.event_id
+        try:
+            made = Reward(
+                tenant=tenant, decision_id=request.decision_id, name=request.name, event_id=event,
+                observed_at_ns=now if not request.observed_at else _nanoseconds(request.observed_at),
+                received_at_ns=now, value=request.value,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ProblemError("invalid", str(error)) from None
+        key, content = reward_key(tenant, request.decision_id, request.name, event), digest(struct.pack("<d", request.value + 0.0))
+        if request.token and not self.secret.is_token(request.token, tenant, request.decision_id):
+            return Entry(Kind.QUARANTINED, b"q" + key[1:], content, encode(made), kept=True)
+        return Entry(Kind.REWARD, key, content, encode(made), kept=True)
+
+    async def shown(self, decision_id: str, request: ShownRequest, tenant: str) -> Accepted:
+        """Store what was shown. Raises ProblemError."""
+        now = self.clock()
+        try:
+            made = Shown(tenant=tenant, decision_id=decision_id, action=request.action, observed_at_ns=now, received_at_ns=now)
+        except ValueError as error:
+            raise ProblemError("invalid", str(error)) from None
+        entry = Entry(Kind.SHOWN, shown_key(tenant, decision_id), digest(encode(request.action)), encode(made), kept=True)
+        ((state, _),) = await self._stored([entry])
+        self.metrics.events["shown", state] += 1
+        if state in ("conflict", "expired"):
+            raise ProblemError("conflict", "found another action shown before; kept: the certificate counts both")
+        return Accepted(decision_id=decision_id, state=state)
+
+    async def _stored(self, entries: Sequence[Entry]) -> list[Outcome]:
+        loop = asyncio.get_running_loop()
+        told = [loop.create_future() for _ in entries]
+        if entries:
+            self.log.submit_all([(entry, partial(_resolve, one)) for entry, one in zip(entries, told, strict=True)])
+        return list(await asyncio.gather(*told))
+
+    def look_up(self, decision_id: str, tenant: str) -> Logged:
+        """A decision as it is stored. Raises ProblemError where there is none."""
+        try:
+            check_id("decision_id", decision_id)
+        except InputError as error:
+            raise ProblemError("invalid", str(error)) from None
+        found = self.log.find(decision_key(tenant, decision_id))
+        if found is None:
+            raise ProblemError("unknown-decision", f"found no decision {decision_id!r}; expected one of this service's log")
+        made = msgspec.json.decode(found.record, type=Decision)
+        shares = struct.unpack(f"<{len(made.actions)}I", made.shares)
+        return Logged(
+            decision_id=made.decision_id, decision_point=made.decision_point, tenant=made.tenant, unit=made.unit,
+            decided_at=dt.datetime.fromtimestamp(made.decided_at_ns / 1e9, dt.UTC).isoformat(),
+            session=made.session, parent=made.parent, policy=made.policy, kind=made.kind, seed_epoch=made.seed_epoch,
+            action=made.actions[made.chosen], propensity=made.propensity,
+            actions=[
+                ActionOfRecord(id=action, share=share, propensity=share / TOTAL)
+                for action, share in zip(made.actions, shares, strict=True)
+            ],
+            excluded=list(made.excluded), body=made.body, request_hash=made.request_hash.hex(), log_id=found.log_id, row=found.row,
+        )  # fmt: skip
+
+
+def _resolve(told: asyncio.Future[Outcome], outcome: Outcome | Exception) -> None:
+    """Tell a request what became of its entry, unless nobody waits for it any more."""
+    if told.done():
+        return
+    if isinstance(outcome, LogFailedError):
+        told.set_exception(ProblemError("log-failed", str(outcome)))
+    elif isinstance(outcome, LogUnavailableError):
+        told.set_exception(ProblemError("log-full", str(outcome), retry_after=1))
+    elif isinstance(outcome, Exception):
+        told.set_exception(outcome)
+    else:
+        told.set_result(outcome)
+
+
+def _nanoseconds(time_: dt.datetime) -> int:
+    """Nanoseconds since 1970. Raises ValueError where they do not fit into 64 bits."""
+    found = (time_ - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) // dt.timedelta(microseconds=1) * 1000
+    if not 0 <= found < 2**63:
+        raise ValueError(f"observed_at: found {time_.isoformat()}; expected a time from 1970 to 2262")
+    return found

@@ -1,0 +1,112 @@
+"""`propel init`: a folder with settings, a decision point, secrets and a first key, from which the service starts."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from bandits.salts import write_first_salt, write_secret
+from ope.data import InputError
+from serving.access import SCOPES, Key, KeyFile, Scope, Secret, write_keys
+
+TENANT = "default"
+
+SETTINGS = """\
+# Settings of Propel: `propel serve` and `propel nightly` both read this file. Every key that is not here has a default:
+# docs/reference/settings.md.
+tenant = "{tenant}"
+
+# What is decided: a file each, relative to this one.
+decision_points = ["ad-load.toml"]
+
+[serve]
+# Others can reach another address: then set behind_proxy = true, and let a proxy speak TLS.
+host = "127.0.0.1"
+port = {port}
+# Processes that share one log. One core does about two thousand decisions a second.
+workers = 1
+# Log, keys and salts. Keep it on a local disk, and back it up: without the salts nothing replays.
+data = "data"
+
+[certificate]
+# The night draws a sample of decisions again, to see that what was logged is what was sampled.
+salts = "data/salts.toml"
+"""
+
+POINT = """\
+# A decision point: how many ads go into one fetch of a feed.
+name = "ad-load"
+# Every action keeps at least a fifth of 10 %: what tomorrow's policy learns from.
+exploration_floor = 0.1
+# What a client does when the service cannot answer.
+default_action = "ads-2"
+
+[actions]
+# In an order that never changes; new ones go to the end.
+catalogue = ["ads-0", "ads-1", "ads-2", "ads-3", "ads-4"]
+
+[[rewards]]
+# Reported later, by the decision's id. The last value within the window counts; without one it is 0.
+name = "value"
+low = 0.0
+high = 1.0
+window_seconds = 3600.0
+
+[features]
+# All may be missing, so that an empty context is one.
+context = [
+    {type = "number", name = "minutes_in_session", missing = 0.0},
+    {type = "category", name = "device", levels = ["phone", "tablet", "desktop"], missing = "level", unknown = "level"},
+]
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What `propel init` made."""
+
+    config: Path
+    key: str
+    """Shown once: only its hash is kept."""
+    decision_point: str
+    url: str
+
+
+def initialise(folder: Path, port: int = 8080) -> Made:
+    """Write a folder of settings and secrets. Raises InputError where there is one already."""
+    config, data = folder / "propel.toml", folder / "data"
+    if config.exists() or data.exists():
+        raise InputError(f"{folder}: found settings or data already; expected a new folder: name another, or use what is there")
+    data.mkdir(parents=True, mode=0o700)
+    (folder / "ad-load.toml").write_text(POINT)
+    write_secret(data / "secret.key", secrets.token_bytes(32))
+    write_first_salt(data / "salts.toml")
+    key = add_key(data, TENANT, SCOPES)
+    config.write_text(SETTINGS.format(tenant=TENANT, port=port))  # last: with it the folder is whole
+    return Made(config, key, "ad-load", f"http://127.0.0.1:{port}")
+
+
+def add_key(data: Path, tenant: str, scopes: tuple[Scope, ...], expires: str | None = None) -> str:
+    """Make a key; its text, which is kept nowhere. Raises InputError where the secret cannot be read."""
+    text, key = Secret.read(data / "secret.key").new_key(tenant, scopes, expires)
+    write_keys(data / "keys.toml", (*keys_of(data), key))
+    return text
+
+
+def keys_of(data: Path) -> tuple[Key, ...]:
+    """The keys that are kept."""
+    from bandits.toml import read_toml
+
+    path = data / "keys.toml"
+    return read_toml(path, KeyFile).key if path.exists() else ()
+
+
+def remove_key(data: Path, prefix: str) -> Key:
+    """End a key. Raises InputError where none, or several, begin so."""
+    keys = keys_of(data)
+    found = [key for key in keys if key.prefix.startswith(prefix)]
+    if len(found) != 1 or not prefix:
+        raise InputError(f"found {len(found)} keys that begin with {prefix!r}; expected one: see `propel key list`")
+    write_keys(data / "keys.toml", [key for key in keys if key is not found[0]])
+    return found[0]
