@@ -7,7 +7,6 @@ import contextlib
 import gc
 import os
 from collections.abc import AsyncIterator, Callable
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -93,7 +92,7 @@ def create_app(
         loop = asyncio.get_running_loop()
         service.log = (make_log or _sqlite_log)(
             settings,
-            partial(loop.call_soon_threadsafe, tell),
+            lambda results: loop.call_soon_threadsafe(tell, results),
             on_failure or (lambda error: loop.call_soon_threadsafe(_end, loop, error)),
         )
         gc.collect()

@@ -6,7 +6,8 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 from starlette.routing import BaseRoute, Route
@@ -20,6 +21,13 @@ from serving.wire import DecisionBatchRequest, DecisionRequest, RewardBatchReque
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
+Path: TypeAlias = MutableMapping[str, str]
+"""What a route's path said."""
+
+Answer: TypeAlias = Callable[[Service, bytes, Path, Principal], Awaitable[bytes]]
+"""The bytes that answer a body. Raises ProblemError."""
+
+T = TypeVar("T")
 
 JSON = [(b"content-type", b"application/json")]
 
@@ -28,17 +36,28 @@ BATCH = 16
 
 encode = msgspec.json.Encoder().encode
 
+DECISION = msgspec.json.Decoder(DecisionRequest)
+DECISIONS = msgspec.json.Decoder(DecisionBatchRequest)
+REWARD = msgspec.json.Decoder(RewardRequest)
+REWARDS = msgspec.json.Decoder(RewardBatchRequest)
+SHOWN = msgspec.json.Decoder(ShownRequest)
+
 
 class Gone(Exception):  # noqa: N818
     """The client went away before its request was read."""
 
 
+@dataclass(frozen=True, slots=True)
 class Hot:
-    """An ASGI endpoint: who asks, what, and in time; then what `answer` says."""
+    """An ASGI endpoint: who asks, what, and in time; then what `answer` says. Counted under the name of its route."""
 
-    def __init__(self, service: Service, access: Access, route: str, scope: Scope, *, batch: bool = False) -> None:
-        self.service, self.access, self.route, self.needs = service, access, route, scope
-        self.most = service.limits.most_body_kilobytes * 1024 * (BATCH if batch else 1)
+    service: Service
+    access: Access
+    route: str
+    needs: Scope
+    answer: Answer
+    most: int
+    """Bytes of a body."""
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -54,7 +73,7 @@ class Hot:
             principal = self.access.principal(authorization, self.needs)
             raw = await _body(receive, self.most)
             self.service.admit(deadline, time.perf_counter() - started)
-            body = await self.answer(raw, scope["path_params"], principal)
+            body = await self.answer(self.service, raw, scope["path_params"], principal)
             headers = JSON
         except ProblemError as problem:
             status, body, headers = problem.status, problem.encoded(), problem.headers()
@@ -65,93 +84,66 @@ class Hot:
         await send({"type": "http.response.body", "body": body})
         self.service.metrics.observe(self.route, status, time.perf_counter() - started)
 
-    async def answer(self, raw: bytes, path: MutableMapping[str, str], principal: Principal) -> bytes:
-        """The answer's bytes. Raises ProblemError."""
-        raise NotImplementedError
+
+async def decisions(service: Service, raw: bytes, path: Path, principal: Principal) -> bytes:
+    """One decision."""
+    served = service.point(path["decision_point"])
+    return await service.decide(asked(raw, DECISION), principal.tenant, served)
 
 
-class Decisions(Hot):
-    """`POST /v1/{decision_point}/decisions`"""
-
-    decoder = msgspec.json.Decoder(DecisionRequest)
-
-    async def answer(self, raw: bytes, path: MutableMapping[str, str], principal: Principal) -> bytes:
-        """One decision."""
-        served = self.service.point(path["decision_point"])
-        return await self.service.decide(asked(raw, self.decoder), principal.tenant, served)
+async def decision_batch(service: Service, raw: bytes, path: Path, principal: Principal) -> bytes:
+    """As many answers as requests, in their order; a problem where one could not be decided on."""
+    served = service.point(path["decision_point"])
+    answers = await service.decide_all(asked_many(raw, DECISIONS), principal.tenant, served)
+    return b'{"decisions":[' + b",".join(answers) + b"]}"
 
 
-class DecisionBatch(Hot):
-    """`POST /v1/{decision_point}/decisions:batch`"""
-
-    decoder = msgspec.json.Decoder(DecisionBatchRequest)
-
-    async def answer(self, raw: bytes, path: MutableMapping[str, str], principal: Principal) -> bytes:
-        """As many answers as requests, in their order; a problem where one could not be decided on."""
-        served = self.service.point(path["decision_point"])
-        answers = await self.service.decide_all(asked_many(raw, self.decoder), principal.tenant, served)
-        return b'{"decisions":[' + b",".join(answers) + b"]}"
+async def rewards(service: Service, raw: bytes, path: Path, principal: Principal) -> bytes:
+    """One reward."""
+    return encode(await service.reward(_whole(raw, REWARD), principal.tenant))
 
 
-class Rewards(Hot):
-    """`POST /v1/rewards`"""
-
-    decoder = msgspec.json.Decoder(RewardRequest)
-
-    async def answer(self, raw: bytes, path: MutableMapping[str, str], principal: Principal) -> bytes:
-        """One reward."""
-        request = decoded(raw, self.decoder)
-        refuse_repeated_keys(raw, encode(request).count(b'"'))
-        return encode(await self.service.reward(request, principal.tenant))
+async def reward_batch(service: Service, raw: bytes, path: Path, principal: Principal) -> bytes:
+    """What became of each reward, in their order; a problem where one was not accepted."""
+    found = await service.rewards(_whole(raw, REWARDS).rewards, principal.tenant)
+    return encode({"rewards": [one.body if isinstance(one, ProblemError) else one for one in found]})
 
 
-class RewardBatch(Hot):
-    """`POST /v1/rewards:batch`"""
-
-    decoder = msgspec.json.Decoder(RewardBatchRequest)
-
-    async def answer(self, raw: bytes, path: MutableMapping[str, str], principal: Principal) -> bytes:
-        """What became of each reward, in their order; a problem where one was not accepted."""
-        request = decoded(raw, self.decoder)
-        refuse_repeated_keys(raw, encode(request).count(b'"'))
-        found = await self.service.rewards(request.rewards, principal.tenant)
-        return encode({"rewards": [one.body if isinstance(one, ProblemError) else one for one in found]})
+async def shown(service: Service, raw: bytes, path: Path, principal: Principal) -> bytes:
+    """What was shown of a decision."""
+    return encode(await service.shown(path["decision_id"], _whole(raw, SHOWN), principal.tenant))
 
 
-class ShownEvents(Hot):
-    """`POST /v1/decisions/{decision_id}/shown`"""
-
-    decoder = msgspec.json.Decoder(ShownRequest)
-
-    async def answer(self, raw: bytes, path: MutableMapping[str, str], principal: Principal) -> bytes:
-        """What was shown of a decision."""
-        request = decoded(raw, self.decoder)
-        refuse_repeated_keys(raw, encode(request).count(b'"'))
-        return encode(await self.service.shown(path["decision_id"], request, principal.tenant))
+async def look_up(service: Service, raw: bytes, path: Path, principal: Principal) -> bytes:
+    """A decision as it is stored."""
+    return encode(await asyncio.to_thread(service.look_up, path["decision_id"], principal.tenant))
 
 
-class LookUp(Hot):
-    """`GET /v1/decisions/{decision_id}`"""
-
-    async def answer(self, raw: bytes, path: MutableMapping[str, str], principal: Principal) -> bytes:
-        """A decision as it is stored."""
-        return encode(await asyncio.to_thread(self.service.look_up, path["decision_id"], principal.tenant))
+ROUTES: tuple[tuple[str, str, Answer, Scope, int], ...] = (
+    ("POST", "/v1/{decision_point}/decisions", decisions, "decide", 1),
+    ("POST", "/v1/rewards", rewards, "reward", 1),
+    ("POST", "/v1/{decision_point}/decisions:batch", decision_batch, "decide", BATCH),
+    ("POST", "/v1/rewards:batch", reward_batch, "reward", BATCH),
+    ("POST", "/v1/decisions/{decision_id:path}/shown", shown, "reward", 1),
+    ("GET", "/v1/decisions/{decision_id:path}", look_up, "read", 1),
+)
+"""Method, path, what it answers, the scope it needs, and how many times as large as others its body may be."""
 
 
 def routes(service: Service, access: Access) -> list[BaseRoute]:
     """The hot routes, the most frequent first."""
-    table: list[tuple[str, str, type[Hot], Scope, bool]] = [
-        ("POST", "/v1/{decision_point}/decisions", Decisions, "decide", False),
-        ("POST", "/v1/rewards", Rewards, "reward", False),
-        ("POST", "/v1/{decision_point}/decisions:batch", DecisionBatch, "decide", True),
-        ("POST", "/v1/rewards:batch", RewardBatch, "reward", True),
-        ("POST", "/v1/decisions/{decision_id:path}/shown", ShownEvents, "reward", False),
-        ("GET", "/v1/decisions/{decision_id:path}", LookUp, "read", False),
-    ]
+    most = service.limits.most_body_kilobytes * 1024
     return [
-        Route(path, kind(service, access, path.replace(":path", ""), scope, batch=batch), methods=[method])
-        for method, path, kind, scope, batch in table
+        Route(path, Hot(service, access, path.replace(":path", ""), scope, answer, most * times), methods=[method])
+        for method, path, answer, scope, times in ROUTES
     ]
+
+
+def _whole(raw: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """A request whose every key was read. Raises ProblemError."""
+    found = decoded(raw, decoder)
+    refuse_repeated_keys(raw, encode(found).count(b'"'))
+    return found
 
 
 async def _body(receive: Receive, most: int) -> bytes:

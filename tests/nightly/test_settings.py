@@ -13,6 +13,7 @@ import pytest
 from bandits.toml import parse_toml
 from ope.data import InputError
 from pipelines.nightly.settings import DAY_NS, File, Night, Settings, day_start_ns, read_settings
+from serving.settings import Serve
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "settings.md"
 SMALL = 'tenant = "t"\ndecision_points = ["p.toml"]\n'
@@ -26,7 +27,7 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
     field.name: field.type
     for field in msgspec.structs.fields(File)
     if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct)
-}
+} | {"serve": Serve}
 
 
 def read(folder: Path, text: str = SMALL, **points: str) -> Settings:
@@ -58,8 +59,12 @@ def words(kind: msgspec.inspect.Type) -> str:
             return f"whole number, {low} to {high}"
         case msgspec.inspect.FloatType(ge=low) if low is not None:
             return f"number, at least {low:g}"
+        case msgspec.inspect.FloatType(gt=low, le=None, lt=None):
+            return f"number, above {low:g}"
         case msgspec.inspect.FloatType(gt=low, le=high, lt=below):
             return f"number, above {low:g}, " + (f"below {below:g}" if high is None else f"at most {high:g}")
+        case msgspec.inspect.BoolType():
+            return "`true` or `false`"
         case msgspec.inspect.LiteralType(values=values):
             return " or ".join(f"`{value}`" for value in values)
         case msgspec.inspect.UnionType(types=types):
