@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 LIBGOMP := sh -c 'test "$$(id -u)" = 0 && { apt-get install -y libgomp1 || { apt-get update && apt-get install -y libgomp1; }; }'
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test static tests faults bench-ope bench-bandits bench-logs bench-nightly clean
+.PHONY: demo test static tests faults bench-ope bench-bandits bench-logs bench-nightly bench-serve clean
 
 demo: .venv/.demo
 	$(BIN)/propel demo
@@ -37,6 +37,9 @@ bench-logs: .venv/.demo
 
 bench-nightly: .venv/.demo
 	$(BIN)/python -m benchmarks.nightly
+
+bench-serve: .venv/.dev
+	$(BIN)/python -m benchmarks.serve
 
 clean:
 	rm -rf .venv propel-demo .mypy_cache .ruff_cache .hypothesis .import_linter_cache

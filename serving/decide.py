@@ -138,7 +138,9 @@ def _offered(actions: tuple[Action, ...], served: Served) -> Offered:
     eligible = [action for action in actions if action.eligible is not False]
     if not eligible:
         raise InputError(f"actions: found none of {len(actions)} eligible; expected at least one")
-    excluded = tuple((action.id, action.reason or "not eligible") for action in actions if action.eligible is False)
+    excluded: tuple[tuple[str, str], ...] = ()
+    if len(eligible) < len(actions):
+        excluded = tuple((action.id, action.reason or "not eligible") for action in actions if action.eligible is False)
     mask = None
     if catalogue and len(eligible) < len(catalogue):
         named = {action.id for action in actions}

@@ -98,6 +98,7 @@ class SqliteLog:
         self.deliver, self.on_failure, self.connect = deliver, on_failure, connect
         self.failed: LogFailedError | None = None
         self.full = False
+        self._added = rotate_bytes  # bytes since its size was looked at
         self.groups = 0
         """Transactions so far."""
         self.last_group = 0
@@ -213,8 +214,10 @@ class SqliteLog:
             outcomes = [error] * len(group)
         self._seconds += 0.1 * (time.monotonic() - started - self._seconds)
         self.groups, self.last_group = self.groups + 1, len(group)
+        size = sum(entry.size for entry, _ in group)
+        self._added += size
         self._settled[0] += len(group)
-        self._settled[1] += sum(entry.size for entry, _ in group)
+        self._settled[1] += size
         self.deliver([(done, outcome) for (_, done), outcome in zip(group, outcomes, strict=True)])
 
     def _commit(self, entries: list[Entry]) -> list[Outcome]:
@@ -261,12 +264,19 @@ class SqliteLog:
             self._live.execute("BEGIN IMMEDIATE")
             ((sealed, began, last),) = self._live.execute("SELECT sealed, began_ns, (SELECT max(row) FROM entries) FROM log")
             if not sealed:
-                due = self.clock() - began > self.rotate_ns or bytes_of(self._path) > self.rotate_bytes
+                due = self.clock() - began > self.rotate_ns or self._is_large()
                 if not (due and last):
                     return
                 self._live.execute("UPDATE log SET sealed = 1, rows = ?", (last,))
             self._live.execute("COMMIT")
             self._advance()
+
+    def _is_large(self) -> bool:
+        """Whether the file has its size; it is looked at each time that a sixteenth of that was added here."""
+        if self._added < self.rotate_bytes // 16:
+            return False
+        self._added = 0
+        return bytes_of(self._path) > self.rotate_bytes
 
     def _advance(self) -> None:
         """Go on to the file after a sealed one."""
@@ -279,7 +289,7 @@ class SqliteLog:
         self._to_index.put(sealed)
 
     def _open(self, path: Path) -> None:
-        self._path, self._live = path, begin(path, self.clock, self.connect)
+        self._path, self._live, self._added = path, begin(path, self.clock, self.connect), self.rotate_bytes
         self._head = os.open(head_file(path), os.O_RDWR | os.O_CREAT, 0o644)
 
     def _stored(self, entries: list[Entry]) -> list[Outcome]:

@@ -7,6 +7,8 @@ import io
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,23 @@ STORIES = [page for page in PAGES if any(FILE.match(text) for _, text in BLOCK.f
 
 CHANGES = re.compile(r"\d+\.\d (?=s\b|MB\b)|@[0-9a-f]{4,}…?|(?<=-\d\d-\d\d-)[0-9a-f]{12}|\S*(?=/(?:lake|reports)/)|process \d+")
 """What is another one in every night: times and sizes, digests (a registry makes its own key), the folder, a process."""
+
+
+CURL = """#!{python}
+import sys, urllib.request
+words, headers, data, address = sys.argv[1:], {{}}, None, ""
+while words:
+    word = words.pop(0)
+    if word == "-H":
+        name, _, value = words.pop(0).partition(": ")
+        headers[name] = value
+    elif word == "-d":
+        data = words.pop(0).encode()
+    elif word != "-s":
+        address = word
+print(urllib.request.urlopen(urllib.request.Request(address, data, headers)).read().decode())
+"""
+"""What pages use of curl, for machines without it."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -60,6 +79,9 @@ def follow(page: Path, folder: Path) -> None:
     script = folder / "bin" / "propel"
     script.write_text(f'#!/bin/sh\nexec {sys.executable} -m propel "$@"\n')
     script.chmod(0o755)
+    if shutil.which("curl") is None:
+        (folder / "bin" / "curl").write_text(CURL.format(python=sys.executable))
+        (folder / "bin" / "curl").chmod(0o755)
     environment = os.environ | {"COLUMNS": "80", "PATH": f"{script.parent}:{os.environ['PATH']}"}
     names: dict[str, Any] = {"__name__": "__main__"}
     printed = ""
@@ -128,7 +150,12 @@ def test_commands_print_what_the_page_shows(page: Path, example_log: Path, tmp_p
 @pytest.mark.parametrize("page", STORIES, ids=lambda page: page.stem)
 def test_stories_can_be_followed(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    follow(page, tmp_path)
+    try:
+        follow(page, tmp_path)
+    finally:
+        for started in tmp_path.glob("*.pid"):  # what a page starts ends with it, also where it fails halfway
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(started.read_text()), signal.SIGTERM)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

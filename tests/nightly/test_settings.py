@@ -116,7 +116,7 @@ def test_paths_are_relative_to_the_file_wherever_one_stands(tmp_path: Path, monk
     assert settings.path(settings.file.lake.folder) == tmp_path / "lake", "an absolute path stays what it is"
 
 
-KEYS = [(name, field) for name, kind in SECTIONS.items() for field in kind.__struct_fields__]
+KEYS = [(name, field) for name, kind in SECTIONS.items() if kind is not Serve for field in kind.__struct_fields__]
 
 
 @pytest.mark.parametrize(("section", "key"), KEYS, ids=lambda name: str(name))
