@@ -81,7 +81,8 @@ def create_app(
             "propel_log_group_entries": ("Entries of the last transaction.", lambda: getattr(service.log, "last_group", 0)),
             "propel_log_full": ("1 while the disk is full.", lambda: float(service.log.full)),
             "propel_loop_lag_seconds": ("How late the event loop is.", lambda: service.lag),
-        }
+        },
+        settings.data / "metrics" if settings.serve.workers > 1 else None,
     )
     service = Service(
         served, _Unopened(), salts[max(salts)], secret, settings.serve, metrics  # type: ignore[arg-type]
@@ -97,7 +98,7 @@ def create_app(
         )
         gc.collect()
         gc.freeze()  # what is there now stays: no collection looks at it again
-        tasks = [asyncio.create_task(_beat(service)), asyncio.create_task(_refresh(access))]
+        tasks = [asyncio.create_task(_beat(service)), asyncio.create_task(_refresh(access)), asyncio.create_task(_leave(metrics))]
         log.info("serving", points={name: one.reference for name, one in served.items()}, process=os.getpid())
         try:
             yield
@@ -156,6 +157,14 @@ async def _refresh(access: Access) -> None:
             access.refresh()
         except (InputError, OSError) as error:
             log.error("keys not read", error=str(error))
+
+
+async def _leave(metrics: Metrics) -> None:
+    """Let other workers know what was counted here."""
+    while True:
+        with contextlib.suppress(OSError):  # a full disk costs numbers, not requests
+            metrics.leave()
+        await asyncio.sleep(1.0)
 
 
 def _add_plain_routes(app: FastAPI, service: Service) -> None:
