@@ -171,7 +171,8 @@ def check_id(field: str, text: str | None) -> None:
 def _check_ids(field: str, texts: Sequence[str]) -> None:
     """`check_id` of many: at once where all are well."""
     try:
-        good = "".join(texts).isprintable() and all(1 <= len(text) <= 128 for text in texts)
+        sizes = [len(text) for text in texts]
+        good = not sizes or ("".join(texts).isprintable() and min(sizes) >= 1 and max(sizes) <= 128)
     except TypeError:
         good = False
     if not good:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -49,6 +49,8 @@ class Secret:
     """32 random bytes; every use has a key of its own derived from them."""
 
     bytes_: bytes = field(repr=False)
+    _uses: dict[tuple[bytes, int], Any] = field(init=False, repr=False, compare=False, default_factory=dict)
+    """Hashes that have taken in the key already, one per use and size."""
 
     @classmethod
     def read(cls, path: Path) -> Secret:
@@ -63,8 +65,15 @@ class Secret:
 
     def keyed(self, use: bytes, *parts: str, size: int = 16) -> bytes:
         """Keyed BLAKE2b of texts, each after its length, for one use."""
-        message = b"".join(len(one).to_bytes(4, "big") + one for one in (part.encode() for part in parts))
-        return hashlib.blake2b(message, digest_size=size, key=self.bytes_, person=use).digest()
+        begun = self._uses.get((use, size))
+        if begun is None:
+            begun = self._uses[use, size] = hashlib.blake2b(digest_size=size, key=self.bytes_, person=use)
+        hash_ = begun.copy()
+        for part in parts:
+            one = part.encode()
+            hash_.update(len(one).to_bytes(4, "big") + one)
+        digest: bytes = hash_.digest()
+        return digest
 
     def token(self, tenant: str, decision_id: str) -> str:
         """What proves that a decision was given out."""
@@ -90,7 +99,7 @@ class Principal:
     """Whose request it is, and what it may do."""
 
     tenant: str
-    scopes: frozenset[str]
+    scopes: tuple[Scope, ...]
 
 
 class Access:
@@ -99,6 +108,7 @@ class Access:
     def __init__(self, secret: Secret, path: Path, clock: Callable[[], float] = time.time) -> None:
         self.secret, self.path, self.clock = secret, path, clock
         self._keys: dict[str, Key] = {}
+        self._seen: dict[bytes, Key] = {}  # headers whose keys were found to be good: they need no second hash
         self._stamp: tuple[int, int] | None = None
         self.refresh()
 
@@ -108,10 +118,21 @@ class Access:
         stamp = (status.st_mtime_ns, status.st_size)
         if stamp != self._stamp:
             self._keys = {key.prefix: key for key in read_toml(self.path, KeyFile).key}
-            self._stamp = stamp
+            self._seen, self._stamp = {}, stamp
 
     def principal(self, header: bytes | None, scope: Scope) -> Principal:
         """Who a request's `Authorization` header speaks for. Raises ProblemError where it may not do this."""
+        key = self._seen.get(header) if header is not None else None
+        if key is None:
+            key = self._known(header)
+        if key.expires is not None and time.strftime("%Y-%m-%d", time.gmtime(self.clock())) >= key.expires:
+            raise ProblemError("unauthorized", f"found a key that expired on {key.expires}; expected a valid one: make a new one")
+        if scope not in key.scopes:
+            raise ProblemError("forbidden", f"found a key with the scopes {', '.join(key.scopes)}; expected {scope} among them")
+        return Principal(key.tenant, key.scopes)
+
+    def _known(self, header: bytes | None) -> Key:
+        """The key in a header that was not seen before."""
         if header is None or header[:7].lower() != b"bearer ":
             raise ProblemError("unauthorized", "found no key; expected the header `Authorization: Bearer KEY`")
         text = header[7:].decode("latin-1").strip()
@@ -121,11 +142,8 @@ class Access:
             raise ProblemError(
                 "unauthorized", "found a key that is not known; expected one that `propel init` or `propel key` made"
             )
-        if key.expires is not None and time.strftime("%Y-%m-%d", time.gmtime(self.clock())) >= key.expires:
-            raise ProblemError("unauthorized", f"found a key that expired on {key.expires}; expected a valid one: make a new one")
-        if scope not in key.scopes:
-            raise ProblemError("forbidden", f"found a key with the scopes {', '.join(key.scopes)}; expected {scope} among them")
-        return Principal(key.tenant, frozenset(key.scopes))
+        self._seen[header] = key
+        return key
 
 
 def write_keys(path: Path, keys: Iterable[Key]) -> None:

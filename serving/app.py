@@ -21,7 +21,7 @@ from bandits.salts import check_secret, read_salts
 from ope.data import InputError
 from serving.access import Access, Secret
 from serving.decide import UNIFORM, Served
-from serving.http import routes
+from serving.http import Direct, routes
 from serving.metrics import Metrics
 from serving.openapi import described
 from serving.problems import ProblemError
@@ -98,6 +98,7 @@ def create_app(
         )
         gc.collect()
         gc.freeze()  # what is there now stays: no collection looks at it again
+        gc.set_threshold(20_000, 20, 50)  # requests leave no cycles behind
         tasks = [asyncio.create_task(_beat(service)), asyncio.create_task(_refresh(access)), asyncio.create_task(_leave(metrics))]
         log.info("serving", points={name: one.reference for name, one in served.items()}, process=os.getpid())
         try:
@@ -109,7 +110,9 @@ def create_app(
             log.info("ended", process=os.getpid())
 
     app = FastAPI(title="Propel", version=version("propel"), lifespan=lifespan, docs_url="/docs", redoc_url=None)
-    app.router.routes[:0] = routes(service, access)
+    hot = routes(service, access)
+    app.router.routes[:0] = hot  # for what the shorter way does not know: other methods, slashes at the end
+    app.add_middleware(Direct, routes=hot)
     _add_plain_routes(app, service)
     _add_problems(app)
     app.state.service = service

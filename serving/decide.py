@@ -17,6 +17,7 @@ from bandits.ids import uuid7
 from bandits.policy import Floor, Policy, Uniform
 from bandits.sampling import TOTAL, Salt, choose, quantise
 from ope.data import BoolArray, InputError
+from serving.plain import Plain
 from serving.requests import Asked
 from serving.wire import Action, DecisionAnswer
 
@@ -24,6 +25,7 @@ UNIFORM = "uniform@builtin"
 """What decides where nothing was promoted yet."""
 
 _sorted = msgspec.json.Encoder(order="sorted").encode
+_encode = msgspec.json.Encoder().encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +38,12 @@ class Served:
     """name@digest"""
     places: Mapping[str, int] = field(init=False)
     """Column of each action of the catalogue."""
+    plain: Plain | None = field(init=False)
+    """How its requests may be read where features are plain numbers."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", floored(self.policy, self.point.exploration_floor))
+        object.__setattr__(self, "plain", Plain.of(self.point.features))
         object.__setattr__(self, "places", {action: at for at, action in enumerate(self.point.actions.catalogue)})
 
 
@@ -84,11 +89,17 @@ def decide(
         if value is not UNSET:
             check_id(name, value)
     offered = _offered(request.actions or (), served)
-    batch = _batch(request.context, offered, served)
+    batch = _batch(asked, offered, served)
     vector = served.policy.propensities(batch)[0]
     shares = quantise((vector if offered.mask is None else vector[offered.mask]).tolist(), explore=point.explores)
     chosen = choose(shares, salt.uniform(tenant, decision_id))
-    body = b'{"actions":' + (_sorted(offered.features) if point.features.action else b"[]") + b',"context":' + asked.context + b"}"
+    body = (
+        b'{"actions":'
+        + ((_encode if asked.plain else _sorted)(offered.features) if point.features.action else b"[]")
+        + b',"context":'
+        + asked.context
+        + b"}"
+    )
     return Decision(
         tenant=tenant,
         decision_point=point.name,
@@ -159,12 +170,15 @@ def _in_catalogue(actions: tuple[Action, ...], served: Served) -> tuple[Action, 
     return tuple(sorted(actions, key=lambda action: served.places[action.id]))
 
 
-def _batch(context: dict[str, object], offered: Offered, served: Served) -> DecisionBatch:
+def _batch(asked: Asked, offered: Offered, served: Served) -> DecisionBatch:
     """The request as arrays, in the columns of the policy."""
-    schema = served.point.features
-    if not schema.action and any(offered.features):
+    schema, context = served.point.features, asked.request.context
+    if not schema.action and not asked.plain and any(offered.features):
         raise InputError("actions: found features; expected none, since the decision point declares none of actions")
-    batch = schema.batch([context], [offered.features] if schema.action else len(offered.actions))
+    if asked.plain and served.plain is not None:
+        batch = served.plain.batch(context, offered.features, len(offered.actions))
+    else:
+        batch = schema.batch([context], [offered.features] if schema.action else len(offered.actions))
     if offered.mask is None:
         return batch
     k, features = len(offered.mask), batch.action_features

@@ -8,12 +8,17 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 from msgspec import UNSET
 
+from serving.plain import Plain
 from serving.problems import ProblemError
 from serving.wire import DecisionBatchRequest, DecisionRequest
 
 T = TypeVar("T")
 
+DECISION = msgspec.json.Decoder(DecisionRequest)
+DECISIONS = msgspec.json.Decoder(DecisionBatchRequest)
+
 _sorted = msgspec.json.Encoder(order="sorted").encode
+_encode = msgspec.json.Encoder().encode
 
 
 class Asked(NamedTuple):
@@ -23,6 +28,8 @@ class Asked(NamedTuple):
     context: bytes
     """Canonical JSON."""
     actions: bytes
+    plain: bool = False
+    """Whether features are structs of plain numbers, and not dictionaries."""
 
 
 def decoded(raw: bytes, decoder: msgspec.json.Decoder[T]) -> T:
@@ -37,16 +44,27 @@ def decoded(raw: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         raise ProblemError("malformed", f"found {error}") from None
 
 
-def asked(raw: bytes, decoder: msgspec.json.Decoder[DecisionRequest]) -> Asked:
-    """One decision's request. Raises ProblemError."""
-    found = _canonical(decoded(raw, decoder))
+def asked(raw: bytes, plain: Plain | None = None) -> Asked:
+    """One decision's request; `plain`: how those of its decision point may be read. Raises ProblemError."""
+    found = None if plain is None else _read_plain(raw, plain.decoder)
+    if found is None:
+        found = _canonical(decoded(raw, DECISION))
     refuse_repeated_keys(raw, _quotes(found))
     return found
 
 
-def asked_many(raw: bytes, decoder: msgspec.json.Decoder[DecisionBatchRequest]) -> list[Asked]:
+def _read_plain(raw: bytes, decoder: msgspec.json.Decoder[DecisionRequest]) -> Asked | None:
+    try:
+        request = decoder.decode(raw)
+        actions = request.actions
+        return Asked(request, _encode(request.context), b"null" if actions is UNSET or actions is None else _encode(actions), True)
+    except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError):
+        return None
+
+
+def asked_many(raw: bytes) -> list[Asked]:
     """The requests of a batch. Raises ProblemError."""
-    found = [_canonical(request) for request in decoded(raw, decoder).decisions]
+    found = [_canonical(request) for request in decoded(raw, DECISIONS).decisions]
     refuse_repeated_keys(raw, 2 + sum(map(_quotes, found)))
     return found
 
