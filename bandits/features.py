@@ -230,7 +230,7 @@ class FeatureSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dic
                 raise InputError(f"row 0: found {actions} eligible actions; expected at least one")
             if self.action:
                 raise InputError(f"actions: found no features; expected {[feature.name for feature in self.action]} of each")
-            return DecisionBatch(context, np.empty((len(contexts), actions, 0)), _all_eligible(len(contexts), actions), True)
+            return DecisionBatch(context, np.empty((len(contexts), actions, 0)), all_eligible(len(contexts), actions), True)
         if len(actions) != len(contexts):
             raise InputError(f"actions: found {len(actions)} sets for {len(contexts)} contexts; expected one each")
         sizes = [len(members) for members in actions]
@@ -239,7 +239,7 @@ class FeatureSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dic
             raise InputError(f"row {sizes.index(0)}: found no eligible action; expected at least one")
         features = self._action_rows(actions, blocks, k).reshape(len(actions), k, len(self.action_columns))
         if fewest == k:
-            return DecisionBatch(context, features, _all_eligible(len(actions), k), True)
+            return DecisionBatch(context, features, all_eligible(len(actions), k), True)
         return DecisionBatch(context, features, np.arange(k) < np.array(sizes)[:, None])
 
     def _contexts(self, contexts: Sequence[Fields]) -> tuple[FloatArray, Sequence[Blocks]]:
@@ -314,7 +314,7 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _all_eligible(n: int, k: int) -> BoolArray:
+def all_eligible(n: int, k: int) -> BoolArray:
     """Read-only, so that requests of one shape may share it."""
     eligible = np.ones((n, k), dtype=np.bool_)
     eligible.setflags(write=False)

@@ -112,7 +112,8 @@ def create_app(
     app = FastAPI(title="Propel", version=version("propel"), lifespan=lifespan, docs_url="/docs", redoc_url=None)
     hot = routes(service, access)
     app.router.routes[:0] = hot  # for what the shorter way does not know: other methods, slashes at the end
-    app.add_middleware(Direct, routes=hot)
+    layers = app.build_middleware_stack
+    app.build_middleware_stack = lambda: Direct(layers(), hot)  # type: ignore[method-assign]
     _add_plain_routes(app, service)
     _add_problems(app)
     app.state.service = service

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import msgspec
+import structlog
 from starlette.routing import Route
 
 from serving.access import Access, Principal, Scope
@@ -28,6 +29,8 @@ Answer: TypeAlias = Callable[[Service, bytes, Path, Principal], Awaitable[bytes]
 """The bytes that answer a body. Raises ProblemError."""
 
 T = TypeVar("T")
+
+log = structlog.get_logger()
 
 JSON = [(b"content-type", b"application/json")]
 
@@ -77,6 +80,10 @@ class Hot:
             status, body, headers = problem.status, problem.encoded(), problem.headers()
         except Gone:
             return
+        except Exception as error:  # our fault: it is said, and the next request is served
+            log.error("fault", route=self.route, error=repr(error))
+            fault = ProblemError("internal", "found a fault of the service; its log says more")
+            status, body, headers = fault.status, fault.encoded(), fault.headers()
         length = (b"content-length", str(len(body)).encode())
         await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
         await send({"type": "http.response.body", "body": body})

@@ -18,7 +18,7 @@ from msgspec import UNSET, UnsetType
 
 from bandits.batch import DecisionBatch
 from bandits.events import Id
-from bandits.features import LARGEST, FeatureSchema, Number
+from bandits.features import LARGEST, FeatureSchema, Number, all_eligible
 from serving.wire import DecisionRequest
 
 Values: TypeAlias = Callable[[Any], Sequence[float]]
@@ -80,12 +80,8 @@ class Plain:
             return self.schema.batch([msgspec.to_builtins(context)], [told] if of_action else k)
         d = len(self.schema.context)
         return DecisionBatch(
-            numbers[:d].reshape(1, d), numbers[d:].reshape(1, k, -1) if of_action else np.empty((1, k, 0)), _all(k), True
+            numbers[:d].reshape(1, d), numbers[d:].reshape(1, k, -1) if of_action else np.empty((1, k, 0)), all_eligible(1, k), True
         )
-
-
-def _all(k: int) -> Any:
-    return np.ones((1, k), dtype=np.bool_)
 
 
 def _numbers(name: str, features: Sequence[Number]) -> tuple[type[msgspec.Struct], Values]:

@@ -54,7 +54,7 @@ def run(config: Path, settings: Settings) -> int:
     """Serve until told to end; the exit status. Raises InputError for what would not start."""
     options: dict[str, Any] = {
         "host": settings.serve.host, "port": settings.serve.port, "loop": _installed("uvloop"), "http": _installed("httptools"),
-        "access_log": False, "log_config": None, "server_header": False, "timeout_keep_alive": 75,
+        "access_log": False, "log_config": None, "server_header": False, "proxy_headers": False, "timeout_keep_alive": 75,
         "timeout_graceful_shutdown": settings.serve.drain_seconds, "lifespan": "on",
     }  # fmt: skip
     configure_logging()
