@@ -43,8 +43,8 @@ MOST = 512
 """Entries in one transaction, about: a batch is not cut."""
 
 PACE = 0.002
-"""Seconds from the start of one transaction to that of the next, at least. Each costs as much CPU as several entries: on a quick disk
-a loaded log would spend most of its time on small ones. An idle log does not wait."""
+"""Seconds from the start of one transaction to that of the next, at least. Each costs as much CPU as several entries: on a quick
+disk a loaded log would spend most of its time on small ones. An idle log does not wait."""
 
 CHUNKS = (64, 16, 4, 1)
 """Rows of one statement: each statement hands Python's lock over once."""
