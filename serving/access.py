@@ -23,6 +23,9 @@ from serving.problems import ProblemError
 
 Scope: TypeAlias = Literal["decide", "reward", "read"]
 
+MOST_SEEN = 1000
+"""Headers that are remembered as good."""
+
 SCOPES: tuple[Scope, ...] = ("decide", "reward", "read")
 
 
@@ -142,7 +145,8 @@ class Access:
             raise ProblemError(
                 "unauthorized", "found a key that is not known; expected one that `propel init` or `propel key` made"
             )
-        self._seen[header] = key
+        if len(self._seen) < MOST_SEEN:
+            self._seen[header] = key
         return key
 
 

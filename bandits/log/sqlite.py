@@ -240,7 +240,7 @@ class SqliteLog:
             with self._turn():
                 self._start()
                 outcomes = self._stored(entries)
-                row = self._live.last_insert_rowid()
+                row: Any = self._live.execute("SELECT max(row) FROM entries").get
                 self._live.execute("COMMIT")
         except apsw.FullError as error:
             self._roll_back()
@@ -248,7 +248,7 @@ class SqliteLog:
         except apsw.BusyError as error:
             self._roll_back()
             raise LogUnavailableError(f"{self._path}: found {error}; expected a turn to write: end what holds it") from None
-        except (apsw.Error, OSError) as error:
+        except Exception as error:  # whatever it was: what is stored is not known, and the thread must not end in silence
             self._roll_back()
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise self._filled(str(error)) from None
