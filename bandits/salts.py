@@ -17,13 +17,16 @@ def read_salts(path: Path) -> dict[int, Salt]:
     """Salts by seed epoch from a TOML file of lines such as `1 = "00ff..."`. Raises InputError that names the file."""
     try:
         found = msgspec.toml.decode(path.read_bytes(), type=dict[str, str])
-        return {int(epoch): Salt(int(epoch), bytes.fromhex(key)) for epoch, key in found.items()}
+        salts = {int(epoch): Salt(int(epoch), bytes.fromhex(key)) for epoch, key in found.items()}
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected the salts of the seed epochs") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except ValueError:
         raise InputError(f'{path}: found no TOML of epochs and salts; expected lines such as 1 = "00ff...", in hex') from None
+    if not salts:
+        raise InputError(f'{path}: found no salt; expected at least one line such as 1 = "00ff...", in hex')
+    return salts
 
 
 def write_first_salt(path: Path) -> None:

@@ -109,9 +109,11 @@ def create_app(
             await asyncio.to_thread(service.log.close)
             log.info("ended", process=os.getpid())
 
-    app = FastAPI(title="Propel", version=version("propel"), lifespan=lifespan, docs_url="/docs", redoc_url=None)
+    app = FastAPI(
+        title="Propel", version=version("propel"), lifespan=lifespan, docs_url="/docs", redoc_url=None, redirect_slashes=False
+    )
     hot = routes(service, access)
-    app.router.routes[:0] = hot  # for what the shorter way does not know: other methods, slashes at the end
+    app.router.routes[:0] = hot  # for what the shorter way does not know
     layers = app.build_middleware_stack
     app.build_middleware_stack = lambda: Direct(layers(), hot)  # type: ignore[method-assign]
     _add_plain_routes(app, service)

@@ -192,5 +192,7 @@ def _seconds(value: bytes) -> float:
     except ValueError:
         found = math.nan
     if not 0 <= found < math.inf:
-        raise ProblemError("invalid", f"Propel-Deadline-Ms: found {value[:40]!r}; expected milliseconds, such as 50")
+        raise ProblemError(
+            "invalid", f"Propel-Deadline-Ms: found {value[:40].decode('latin-1')!r}; expected milliseconds, such as 50"
+        )
     return found / 1000

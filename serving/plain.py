@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -19,7 +19,7 @@ from msgspec import UNSET, UnsetType
 from bandits.batch import DecisionBatch
 from bandits.events import Id
 from bandits.features import LARGEST, FeatureSchema, Number, all_eligible
-from serving.wire import DecisionRequest
+from serving.wire import MANY, DecisionRequest, Reason
 
 Values: TypeAlias = Callable[[Any], Sequence[float]]
 
@@ -44,18 +44,17 @@ class Plain:
             return None
         context, context_values = _numbers("Context", schema.context)  # type: ignore[arg-type]
         features_of, action_values = _numbers("Features", schema.action)  # type: ignore[arg-type]
-        text = UnsetType | str
         action = msgspec.defstruct(
             "Action",
             [
                 ("eligible", bool | UnsetType, UNSET),
                 ("features", features_of) if schema.action else ("features", features_of | UnsetType, UNSET),
                 ("id", Id),
-                ("reason", text, UNSET),
+                ("reason", Reason | UnsetType, UNSET),
             ],
             **OPTIONS,
         )
-        some, actions = Id | UnsetType | None, tuple[action, ...]  # type: ignore[valid-type]
+        some, actions = Id | UnsetType | None, Annotated[tuple[action, ...], MANY]  # type: ignore[valid-type]
         request = msgspec.defstruct(
             "Request",
             [

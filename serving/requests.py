@@ -17,6 +17,8 @@ T = TypeVar("T")
 DECISION = msgspec.json.Decoder(DecisionRequest)
 DECISIONS = msgspec.json.Decoder(DecisionBatchRequest)
 
+NESTED = "found JSON nested too deeply; expected what a request needs"
+
 _sorted = msgspec.json.Encoder(order="sorted").encode
 _encode = msgspec.json.Encoder().encode
 
@@ -39,7 +41,7 @@ def decoded(raw: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     except msgspec.ValidationError as error:
         raise ProblemError("invalid", str(error)) from None
     except RecursionError:
-        raise ProblemError("malformed", "found JSON nested too deeply; expected what a request needs") from None
+        raise ProblemError("malformed", NESTED) from None
     except (msgspec.DecodeError, ValueError) as error:
         raise ProblemError("malformed", f"found {error}") from None
 
@@ -78,9 +80,14 @@ def refuse_repeated_keys(raw: bytes, quotes: int) -> None:
         if raw.count(b'"') != quotes:
             raise ProblemError("malformed", "found a key twice in one object; expected it once")
         return
-    if b"\\u0000" in raw and "\0" in "".join(_texts(json.loads(raw))):
-        raise ProblemError("malformed", "found a NUL character in a text; expected printable ones")
-    json.loads(raw, object_pairs_hook=_distinct)
+    try:
+        if b"\\u0000" in raw and "\0" in "".join(_texts(json.loads(raw))):
+            raise ProblemError("malformed", "found a NUL character in a text; expected printable ones")
+        json.loads(raw, object_pairs_hook=_distinct)
+    except RecursionError:
+        raise ProblemError("malformed", NESTED) from None
+    except ValueError as error:  # what this reader refuses, and the other did not
+        raise ProblemError("malformed", f"found {error}") from None
 
 
 def _canonical(request: DecisionRequest) -> Asked:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from serving.app import create_app
 from serving.settings import Settings, read_settings
 
 CONFIG = "PROPEL_CONFIG"
+
+PORT_TAKEN = 1
+"""Exit status."""
 
 
 class _Lines:
@@ -64,8 +68,14 @@ def run(config: Path, settings: Settings) -> int:
         uvicorn.run("serving.server:app_of_environment", factory=True, workers=settings.serve.workers, **options)
         return 0
     server = uvicorn.Server(uvicorn.Config(create_app(settings), **options))
-    server.run()
-    return 0 if server.started else 1
+    # uvicorn drains at these signals, and raises them once more afterwards: the end that was asked for is no failure
+    for asked_to_end in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(asked_to_end, lambda number, frame: None)
+    try:
+        server.run()
+    except SystemExit:
+        return PORT_TAKEN
+    return 0 if server.started else PORT_TAKEN
 
 
 def _installed(name: str) -> str:

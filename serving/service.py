@@ -222,7 +222,8 @@ class Service:
         except ValueError as error:
             raise ProblemError("invalid", str(error)) from None
         key, content = reward_key(tenant, request.decision_id, request.name, event), digest(struct.pack("<d", request.value + 0.0))
-        if request.token and not self.secret.is_token(request.token, tenant, request.decision_id):
+        token = request.token
+        if token is not UNSET and token is not None and not self.secret.is_token(token, tenant, request.decision_id):
             return Entry(Kind.QUARANTINED, b"q" + key[1:], content, encode(made), kept=True)
         return Entry(Kind.REWARD, key, content, encode(made), kept=True)
 

@@ -6,6 +6,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from bandits.events import check_id
 from bandits.salts import write_first_salt, write_secret
 from ope.data import InputError
 from serving.access import SCOPES, Key, KeyFile, Scope, Secret, write_keys
@@ -89,6 +90,7 @@ def initialise(folder: Path, port: int = 8080) -> Made:
 
 def add_key(data: Path, tenant: str, scopes: tuple[Scope, ...], expires: str | None = None) -> str:
     """Make a key; its text, which is kept nowhere. Raises InputError where the secret cannot be read."""
+    check_id("tenant", tenant)
     text, key = Secret.read(data / "secret.key").new_key(tenant, scopes, expires)
     write_keys(data / "keys.toml", (*keys_of(data), key))
     return text

@@ -13,6 +13,11 @@ from bandits.events import Id
 Time: TypeAlias = Annotated[dt.datetime, msgspec.Meta(tz=True)]
 """RFC 3339, with an offset."""
 
+Reason: TypeAlias = Annotated[str, msgspec.Meta(max_length=128)]
+
+MANY = msgspec.Meta(min_length=1, max_length=10_000)
+"""How many actions a request may offer."""
+
 MOST = 1000
 """Requests in a batch."""
 
@@ -23,7 +28,7 @@ class Action(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     id: Id
     features: dict[str, Any] | UnsetType = UNSET
     eligible: bool | UnsetType = UNSET
-    reason: Annotated[str, msgspec.Meta(max_length=128)] | UnsetType = UNSET
+    reason: Reason | UnsetType = UNSET
     """Why it is not eligible; kept with the decision."""
 
 
@@ -39,7 +44,7 @@ class DecisionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """The decision that this one retries."""
     context: dict[str, Any]
     """Features of the context, as the decision point declares them."""
-    actions: Annotated[tuple[Action, ...], msgspec.Meta(min_length=1, max_length=10_000)] | UnsetType | None = UNSET
+    actions: Annotated[tuple[Action, ...], MANY] | UnsetType | None = UNSET
     """Actions on offer; a decision point with a catalogue offers all of it where there are none."""
 
 

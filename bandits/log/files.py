@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import apsw
@@ -74,7 +75,11 @@ def writing(path: Path) -> apsw.Connection:
         "PRAGMA secure_delete = ON",
         "PRAGMA cache_size = -16384",
     ):
-        connection.execute(statement)
+        try:
+            connection.execute(statement)
+        except BaseException:
+            connection.close()
+            raise
     return connection
 
 
@@ -90,6 +95,8 @@ def begin(path: Path, clock: Callable[[], int], connect: Connect = writing) -> a
 
     Raises InputError for a file that another version wrote.
     """
+    if not path.exists():
+        _make(path, clock)
     connection = connect(path)
     connection.execute("BEGIN IMMEDIATE")
     try:
@@ -105,6 +112,23 @@ def begin(path: Path, clock: Callable[[], int], connect: Connect = writing) -> a
         raise
     sync(path.parent)
     return connection
+
+
+def _make(path: Path, clock: Callable[[], int]) -> None:
+    """A new file, which has its name once it is whole: readers never see a beginning of one."""
+    new = path.with_suffix(".new")
+    for left in path.parent.glob(f"{new.name}*"):
+        left.unlink()
+    with closing(writing(new)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute(SCHEMA)
+        name = f"{path.stem}-{secrets.token_hex(6)}"
+        connection.execute("INSERT INTO log VALUES (?, ?, 0, 0)", (name, clock()))
+        connection.execute("COMMIT")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # closing would not say that there is no room for it
+    sync(new)
+    new.rename(path)
+    sync(path.parent)
 
 
 def bytes_of(path: Path) -> int:

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import apsw
 
 from bandits.durable import sync
+from bandits.events import digest
 from bandits.log.files import log_files, number_of, reading
+from bandits.log.port import Entry, Kind, check_of
 
 SCHEMA = """
 CREATE TABLE keys (
     key BLOB PRIMARY KEY, content BLOB NOT NULL, answer BLOB NOT NULL, file INTEGER NOT NULL, row INTEGER NOT NULL,
-    at_ns INTEGER NOT NULL
+    at_ns INTEGER NOT NULL, checksum BLOB NOT NULL
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX remembered ON keys (at_ns) WHERE content != x'';
 CREATE TABLE files (file INTEGER PRIMARY KEY) STRICT;
@@ -26,14 +28,35 @@ CHUNK = 2000
 """Keys that are indexed in one transaction, so that nobody waits long for the disk."""
 
 
+ENTRY = "SELECT kind, key, content, record, answer, checksum FROM entries WHERE key"
+"""The beginning of a statement whose rows `checked` takes."""
+
+
+class Asked(NamedTuple):
+    """What was asked under a key, and what was answered; both empty where that is forgotten or damaged."""
+
+    content: bytes
+    answer: bytes
+
+
+FORGOTTEN = Asked(b"", b"")
+
+
 class Known(NamedTuple):
     """What the index holds of a key."""
 
-    content: bytes
-    """Empty once the retry window has passed."""
-    answer: bytes
+    asked: Asked
     file: int
     row: int
+
+
+def checked(kind: int, key: bytes, content: bytes, record: bytes, answer: bytes, checksum: bytes) -> Asked:
+    """What an entry says, unless it is damaged."""
+    try:
+        good = check_of(Entry(Kind(kind), key, content, record, answer)) == checksum
+    except (ValueError, TypeError):
+        good = False
+    return Asked(content, answer) if good else FORGOTTEN
 
 
 def open_keys(folder: Path) -> apsw.Connection:
@@ -63,8 +86,16 @@ def unindexed(keys: apsw.Connection, folder: Path) -> list[Path]:
 def look_up(keys: apsw.Connection, wanted: Sequence[bytes]) -> dict[bytes, Known]:
     """What the index holds of some keys."""
     marks = ",".join("?" * len(wanted))
-    found = keys.execute(f"SELECT key, content, answer, file, row FROM keys WHERE key IN ({marks})", tuple(wanted))  # noqa: S608
-    return {key: Known(*rest) for key, *rest in found}
+    found = keys.execute(f"SELECT key, content, answer, file, row, checksum FROM keys WHERE key IN ({marks})", tuple(wanted))  # noqa: S608
+    return {
+        key: Known(Asked(content, answer) if _sum(key, content, answer) == checksum else FORGOTTEN, file, row)
+        for key, content, answer, file, row, checksum in found
+    }
+
+
+def _sum(*parts: bytes) -> bytes:
+    """Checksum of what the index holds of a key."""
+    return digest(b"".join(len(part).to_bytes(4, "little") + part for part in parts))
 
 
 def index(keys: apsw.Connection, path: Path, clock: Callable[[], int], wanted: Callable[[], bool] = lambda: True) -> None:
@@ -76,17 +107,24 @@ def index(keys: apsw.Connection, path: Path, clock: Callable[[], int], wanted: C
         sealed_at, after = clock(), 0
         while wanted():
             rows: list[Any] = sealed.execute(
-                "SELECT key, content, answer, ?, row, ? FROM entries WHERE row > ? ORDER BY row LIMIT ?",
-                (file, sealed_at, after, CHUNK),
+                "SELECT row, kind, key, content, record, answer, checksum FROM entries WHERE row > ? ORDER BY row LIMIT ?",
+                (after, CHUNK),
             ).fetchall()
+            after, ended = rows[-1][0] if rows else after, not rows
+            known = [(row, parts[1], checked(*parts)) for row, *parts in rows if isinstance(parts[1], bytes)]
+            rows = [(key, *asked, file, row, sealed_at, _sum(key, *asked)) for row, key, asked in known]
             keys.execute("BEGIN IMMEDIATE")
-            keys.executemany("INSERT OR IGNORE INTO keys VALUES (?, ?, ?, ?, ?, ?)", rows)
-            if not rows:
-                keys.execute("INSERT OR IGNORE INTO files VALUES (?)", (file,))
-            keys.execute("COMMIT")
-            if not rows:
+            try:
+                keys.executemany("INSERT OR IGNORE INTO keys VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+                if ended:
+                    keys.execute("INSERT OR IGNORE INTO files VALUES (?)", (file,))
+                keys.execute("COMMIT")
+            except apsw.Error:
+                if keys.in_transaction:
+                    keys.execute("ROLLBACK")
+                raise
+            if ended:
                 break
-            after = rows[-1][4]
 
 
 def forget(keys: apsw.Connection, before_ns: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import apsw
 
 from bandits.log.files import file_after, log_files, number_of, read_head, reading
-from bandits.log.keys import Known
+from bandits.log.keys import Known, look_up
 from bandits.log.port import Entry, Kind, Stored, check_of
 from ope.data import InputError
 
@@ -42,8 +42,8 @@ def segment(path: Path) -> Segment:
             last: Any = connection.execute("SELECT max(row) FROM entries").get
     except (apsw.Error, UnicodeDecodeError) as error:
         raise DamagedError(f"{path}: found {error}; expected a file of a log: restore it from a backup") from None
-    if len(found) != 1:
-        raise DamagedError(f"{path}: found {len(found)} descriptions; expected one: restore it from a backup")
+    if len(found) != 1 or [type(part) for part in found[0]] != [str, int, int, int] or type(last) not in (int, type(None)):
+        raise DamagedError(f"{path}: found {len(found)} descriptions; expected a whole one: restore it from a backup")
     ((log_id, began, sealed, rows),) = found
     return Segment(path, log_id, began, bool(sealed), max(rows, last or 0, read_head(path)))
 
@@ -60,6 +60,9 @@ def records(path: Path, after: int = 0) -> Iterator[Stored]:
                 f"SELECT row, {COLUMNS} FROM entries WHERE row > ? ORDER BY row",  # noqa: S608
                 (after,),
             ):
+                if row <= after:
+                    raise DamagedError(f"{path}: found row {row} after {after}; expected them in order: restore it from a backup")
+                after = row
                 found = _checked(described.log_id, row, parts, checksum)
                 if found is not None:
                     yield found
@@ -87,25 +90,34 @@ def find(folder: Path, key: bytes) -> Stored | None:
     indexed, known = _index_says(folder, key)
     if known is not None:
         path = file_after(None, folder).with_name(f"log-{known.file:08d}.sqlite")
-        return _entry(path, "row = ?", known.row) if path.exists() else None
+        found = _entry(path, "row = ?", known.row) if path.exists() else None
+        return _of(found, key)
     for path in reversed(log_files(folder)):
-        if number_of(path) not in indexed and (found := _entry(path, "key = ?", key)) is not None:
+        if number_of(path) not in indexed and (found := _of(_entry(path, "key = ?", key), key)) is not None:
             return found
     return None
+
+
+def _of(found: Stored | None, key: bytes) -> Stored | None:
+    """An entry that was found, if it is that of the key: an index may be damaged."""
+    return found if found is not None and found.key == key else None
 
 
 def _index_says(folder: Path, key: bytes) -> tuple[set[int], Known | None]:
     path = folder / "keys.sqlite"
     if not path.exists():
         return set(), None
-    with _opened(path) as keys:
-        found: list[Any] = keys.execute("SELECT content, answer, file, row FROM keys WHERE key = ?", (key,)).fetchall()
-        return {file for (file,) in keys.execute("SELECT file FROM files")}, Known(*found[0]) if found else None
+    with _damage_told(path), _opened(path) as keys:
+        return {file for (file,) in keys.execute("SELECT file FROM files")}, look_up(keys, [key]).get(key)
 
 
 def _entry(path: Path, where: str, value: int | bytes) -> Stored | None:
-    with _opened(path) as connection:
+    with _damage_told(path), _opened(path) as connection:
+        if connection.pragma("user_version") == 0:
+            return None  # made, and not begun yet
         log_id = connection.execute("SELECT id FROM log").get
+        if not isinstance(log_id, str):
+            raise DamagedError(f"{path}: found no description; expected one: restore it from a backup")
         for row, *parts, checksum in connection.execute(f"SELECT row, {COLUMNS} FROM entries WHERE {where}", (value,)):  # noqa: S608
             return _checked(log_id, row, parts, checksum)
     return None
@@ -120,6 +132,14 @@ def _checked(log_id: str, row: int, parts: list[int | bytes], checksum: bytes) -
     except (ValueError, TypeError):
         return None
     return Stored(log_id, row, *entry[:5]) if good else None
+
+
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (apsw.Error, UnicodeDecodeError) as error:
+        raise DamagedError(f"{path}: found {error}; expected a file of a log: restore it from a backup") from None
 
 
 def _opened(path: Path) -> closing[apsw.Connection]:

@@ -7,13 +7,13 @@ files go into an index, off the way of whoever waits.
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import fcntl
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,12 +28,13 @@ from bandits.log.files import (
     file_after,
     head_file,
     log_files,
-    reading,
-    wal_bytes,
+    read_head,
     writing,
 )
-from bandits.log.keys import forget, index, look_up, open_keys, unindexed
+from bandits.log.keys import ENTRY, FORGOTTEN, Asked, checked, forget, index, open_keys
+from bandits.log.older import Older
 from bandits.log.port import Done, Entry, LogFailedError, LogUnavailableError, Outcome, Stored, beside, check_of
+from bandits.log.room import RESERVE, Room, means_full
 from bandits.log.segments import find
 from ope.data import InputError
 
@@ -61,10 +62,9 @@ MOST_WAL = 64 << 20
 QUIET_WAL = 4 << 20
 """Bytes of write-ahead log from which on a quiet moment is used."""
 
-RESERVE = 64 << 20
-"""Bytes kept on the disk, so that whoever runs the service can still write when it is full."""
-
 DAY_NS = 86_400 * 10**9
+
+PAGE = 8192
 
 
 def tell(results: list[Result]) -> None:
@@ -98,10 +98,9 @@ class SqliteLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.clock = folder, clock
         self.rotate_bytes, self.rotate_ns = rotate_bytes, int(rotate_seconds * 10**9)
-        self.window_ns, self.reserve = int(retry_days * DAY_NS), reserve
+        self.window_ns = int(retry_days * DAY_NS)
         self.deliver, self.on_failure, self.connect = deliver, on_failure, connect
         self.failed: LogFailedError | None = None
-        self.full = False
         self._added = rotate_bytes  # bytes since its size was looked at
         self.groups = 0
         """Transactions so far."""
@@ -112,26 +111,39 @@ class SqliteLog:
         self._began = 0.0  # when the last transaction did
         self._seconds = 0.01  # of a commit, smoothed
         self._turns = (folder / "writer.lock").open("a")
-        self._earlier: dict[Path, apsw.Connection] = {}
+        self._wal = self._copied = 0  # pages of the write-ahead log, and those of them that are in the file
         self._indexed: queue.SimpleQueue[Path] = queue.SimpleQueue()
         self._to_index: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
         self._closing = False
-        try:
-            self._keys = open_keys(folder)
-            self._earlier = {path: reading(path) for path in unindexed(self._keys, folder)}
-            files = log_files(folder)
-            self._open(files[-1] if files else file_after(None, folder))
-            self._keep_reserve()
-        except apsw.Error as error:
-            raise InputError(
-                f"{folder}: found {error}; expected a log that can be written: see to its disk and permissions"
-            ) from None
-        for path in self._earlier:
+        self._begin(reserve)
+        for path in self._older.paths:
             self._to_index.put(path)
         self._committer = threading.Thread(target=self._run, name="log committer", daemon=True)
         self._keeper = threading.Thread(target=self._keep_keys, name="log keeper", daemon=True)
         self._committer.start()
         self._keeper.start()
+
+    def _begin(self, reserve: int) -> None:
+        """Open what there is, or the first file. Raises InputError where that cannot be done."""
+        with contextlib.ExitStack() as opened:
+            opened.callback(self._turns.close)
+            try:
+                with self._turn():  # others may begin the same files, or seal one between the listing and the opening
+                    files = log_files(self.folder)
+                    self._older = Older(self.folder)
+                    opened.callback(self._older.close)
+                    self._open(files[-1] if files else file_after(None, self.folder))
+                self._room = Room(self.folder, reserve)
+            except (apsw.Error, OSError) as error:
+                raise InputError(
+                    f"{self.folder}: found {error}; expected a log that can be written: see to its disk and permissions"
+                ) from None
+            opened.pop_all()  # what was opened stays open
+
+    @property
+    def full(self) -> bool:
+        """Whether the disk was full when it was last written to."""
+        return self._room.full
 
     def submit(self, entry: Entry, done: Done) -> None:
         """Queue an entry; `done` is told once it is durable, or refused."""
@@ -179,8 +191,8 @@ class SqliteLog:
         self._to_index.put(None)
         self._committer.join()
         self._keeper.join()
-        for connection in (self._live, self._keys, *self._earlier.values()):
-            connection.close()
+        self._live.close()
+        self._older.close()
         os.close(self._head)
         self._turns.close()
 
@@ -209,8 +221,7 @@ class SqliteLog:
             ending = taken is None
             if group:
                 self._settle(group)
-            if self._queue.empty():
-                self._checkpoint(QUIET_WAL)
+            self._checkpoint(QUIET_WAL if self._queue.empty() else MOST_WAL)
         self._checkpoint(0)
 
     def _settle(self, group: list[tuple[Entry, Done]]) -> None:
@@ -220,6 +231,8 @@ class SqliteLog:
             outcomes = self._commit([entry for entry, _ in group])
         except (LogUnavailableError, LogFailedError) as error:
             outcomes = [error] * len(group)
+        except Exception as error:
+            outcomes = [self._gave_up(error)] * len(group)  # nobody waits forever
         self._seconds += 0.1 * (time.monotonic() - started - self._seconds)
         self.groups, self.last_group = self.groups + 1, len(group)
         size = sum(entry.size for entry, _ in group)
@@ -232,29 +245,26 @@ class SqliteLog:
         """Store entries in one durable transaction. Raises LogUnavailableError or LogFailedError."""
         if self.failed is not None:
             raise self.failed
-        self._check_room()
+        self._room.check()
         while not self._indexed.empty():
-            if (old := self._earlier.pop(self._indexed.get(), None)) is not None:
-                old.close()
+            self._older.drop(self._indexed.get())
         try:
             with self._turn():
                 self._start()
                 outcomes = self._stored(entries)
                 row: Any = self._live.execute("SELECT max(row) FROM entries").get
                 self._live.execute("COMMIT")
-        except apsw.FullError as error:
-            self._roll_back()
-            raise self._filled(str(error)) from None
+                if row:  # in this turn, so that it never goes back
+                    with contextlib.suppress(OSError):  # a note only: the entries are durable
+                        os.pwrite(self._head, row.to_bytes(8, "little"), 0)
         except apsw.BusyError as error:
             self._roll_back()
             raise LogUnavailableError(f"{self._path}: found {error}; expected a turn to write: end what holds it") from None
-        except Exception as error:  # whatever it was: what is stored is not known, and the thread must not end in silence
+        except (apsw.Error, OSError) as error:
             self._roll_back()
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise self._filled(str(error)) from None
+            if means_full(error):
+                raise self._room.filled(error) from None
             raise self._gave_up(error) from None
-        if row:
-            os.pwrite(self._head, row.to_bytes(8, "little"), 0)
         return outcomes
 
     @contextmanager
@@ -288,21 +298,48 @@ class SqliteLog:
 
     def _advance(self) -> None:
         """Go on to the file after a sealed one."""
-        sealed = self._path
-        self._live.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        self._live.close()
-        os.close(self._head)
-        self._earlier[sealed] = reading(sealed)
-        self._open(file_after(sealed, self.folder))
+        sealed, live, head = self._path, self._live, self._head
+        live.execute("PRAGMA wal_checkpoint(PASSIVE)")  # the others would wait for whoever reads
+        self._open(file_after(sealed, self.folder))  # where it raises, nothing has changed
+        live.close()
+        os.close(head)
+        self._older.add(sealed)
         self._to_index.put(sealed)
 
     def _open(self, path: Path) -> None:
-        self._path, self._live, self._added = path, begin(path, self.clock, self.connect), self.rotate_bytes
-        self._head = os.open(head_file(path), os.O_RDWR | os.O_CREAT, 0o644)
+        head = os.open(head_file(path), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if os.fstat(head).st_size < 8:
+                os.pwrite(head, bytes(8), 0)  # so that there is room for it later
+            live = begin(path, self.clock, self.connect)
+        except BaseException:
+            os.close(head)
+            raise
+        try:
+            found: list[Any] = live.execute("SELECT sealed, (SELECT max(row) FROM entries) FROM log").fetchall()
+            ((sealed, last),) = found
+            if not sealed and read_head(path) > (last or 0):  # rows are lost: they must not be given again
+                live.execute("UPDATE log SET sealed = 1, rows = ?", (read_head(path),))
+        except BaseException as error:
+            live.close()
+            os.close(head)
+            if isinstance(error, ValueError):
+                raise InputError(f"{path}: found no description; expected a file of a log: restore it from a backup") from None
+            raise
+        self._path, self._live, self._head, self._wal, self._copied = path, live, head, 0, 0
+        self._added = self.rotate_bytes
+
+        def committed(connection: apsw.Connection, name: str, pages: int) -> int:
+            self._copied = min(self._copied, pages) if pages >= self._wal else 0
+            self._wal = pages
+            return 0
+
+        live.set_wal_hook(committed)
 
     def _stored(self, entries: list[Entry]) -> list[Outcome]:
         """What becomes of entries, in the transaction that was begun."""
-        older = self._in_older_files([entry.key for entry in entries if not entry.fresh])
+        wanted = [entry.key for entry in entries if not entry.fresh] + [beside(entry).key for entry in entries if entry.kept]
+        older = self._older.find(wanted)
         before = self._live.total_changes()
         if not older:
             rows = [(entry[0], entry[1], entry[2], entry[3], entry[4], check_of(entry)) for entry in entries]
@@ -317,17 +354,18 @@ class SqliteLog:
             self._live.execute("BEGIN IMMEDIATE")
         return [self._stored_one(entry, older) for entry in entries]
 
-    def _stored_one(self, entry: Entry, older: dict[bytes, tuple[bytes, bytes]]) -> Outcome:
+    def _stored_one(self, entry: Entry, older: Mapping[bytes, Asked]) -> Outcome:
         known = older.get(entry.key)
         if known is None:
             if self._insert(entry):
                 return Outcome("stored", entry.answer)
-            known = self._live.execute("SELECT content, answer FROM entries WHERE key = ?", (entry.key,)).get
-        if known[0] == b"":
+            found: list[Any] = self._live.execute(f"{ENTRY} = ?", (entry.key,)).fetchall()
+            known = checked(*found[0])
+        if known == FORGOTTEN:
             return Outcome("expired", b"")
-        if known[0] == entry.content:
-            return Outcome("repeated", known[1])
-        if entry.kept:
+        if known.content == entry.content:
+            return Outcome("repeated", known.answer)
+        if entry.kept and beside(entry).key not in older:
             self._insert(beside(entry))
         return Outcome("conflict", b"")
 
@@ -335,28 +373,18 @@ class SqliteLog:
         self._live.execute(INSERT[1], (*entry[:5], check_of(entry)))
         return bool(self._live.changes())
 
-    def _in_older_files(self, wanted: list[bytes]) -> dict[bytes, tuple[bytes, bytes]]:
-        """Content and answer of keys that are in files before this one."""
-        found: dict[bytes, tuple[bytes, bytes]] = {}
-        for start in range(0, len(wanted), 500):
-            some = wanted[start : start + 500]
-            found |= {key: (known.content, known.answer) for key, known in look_up(self._keys, some).items()}
-            marks = ",".join("?" * len(some))
-            for connection in self._earlier.values():
-                rows = connection.execute(f"SELECT key, content, answer FROM entries WHERE key IN ({marks})", some)  # noqa: S608
-                found |= {key: (content, answer) for key, content, answer in rows}
-        return found
-
     def _checkpoint(self, least: int) -> None:
         """Move the write-ahead log into the file, where it has grown enough; not while anyone waits, unless it is too large."""
         try:
-            if self.failed is None and wal_bytes(self._path) > least:
+            if self.failed is None and (self._wal - self._copied) * PAGE > least:
                 with self._turn():
-                    self._live.execute("PRAGMA wal_checkpoint(PASSIVE)")
-        except (apsw.BusyError, apsw.FullError):
+                    done: list[Any] = self._live.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+                    self._copied = done[0][2]
+        except apsw.BusyError:
             return  # later
         except (apsw.Error, OSError) as error:
-            self._gave_up(error)
+            if not means_full(error):
+                self._gave_up(error)
 
     def _roll_back(self) -> None:
         if self._live.in_transaction:
@@ -364,34 +392,6 @@ class SqliteLog:
                 self._live.execute("ROLLBACK")
             except apsw.Error:
                 return  # what follows is not acknowledged either
-
-    # A disk that is full, or does not confirm
-
-    def _check_room(self) -> None:
-        """Raise LogUnavailableError while the disk is full; take the reserve again once there is room for it and as much more."""
-        if not self.full:
-            return
-        status = os.statvfs(self.folder)
-        if status.f_bavail * status.f_frsize < 2 * self.reserve:
-            raise LogUnavailableError(f"{self.folder}: the disk is full; expected room: it goes on by itself once there is some")
-        self.full = False
-        self._keep_reserve()
-
-    def _filled(self, what: str) -> LogUnavailableError:
-        self.full = True
-        (self.folder / "reserve").unlink(missing_ok=True)
-        return LogUnavailableError(f"{self.folder}: the disk is full ({what}); it goes on by itself once there is room")
-
-    def _keep_reserve(self) -> None:
-        """A file that holds room for control data: it is given up when the disk is full. Small disks keep a twentieth."""
-        status = os.statvfs(self.folder)
-        self.reserve = min(self.reserve, status.f_blocks * status.f_frsize // 20)
-        path = self.folder / "reserve"
-        try:
-            with path.open("ab") as file:
-                os.posix_fallocate(file.fileno(), 0, max(1, self.reserve))
-        except OSError:
-            path.unlink(missing_ok=True)  # no room: what there is goes to the log
 
     def _gave_up(self, error: Exception) -> LogFailedError:
         if self.failed is None:
