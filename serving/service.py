@@ -44,8 +44,15 @@ encode = msgspec.json.Encoder().encode
 class GroupLog(DecisionLog, Protocol):
     """A log that also takes several entries for one transaction."""
 
-    full: bool
-    failed: LogFailedError | None
+    @property
+    def full(self) -> bool:
+        """Whether the disk was full when it was last written to."""
+        ...
+
+    @property
+    def failed(self) -> LogFailedError | None:
+        """Why nothing is acknowledged any more."""
+        ...
 
     def submit_all(self, entries: list[tuple[Entry, Done]]) -> None:
         """Queue entries that share a transaction."""

@@ -223,7 +223,7 @@ def test_a_full_disk_is_told_and_gone_on_from(disk: Path, rotate_bytes: int) -> 
         other = fill(disk, left)
         slowest = max(slowest, append_until_full(log, acknowledged, numbers))
         assert not reserve.exists()
-        assert shutil.disk_usage(disk).free >= log.reserve // 2  # whoever runs it can write
+        assert shutil.disk_usage(disk).free >= 16 * 2**20 // 40  # whoever runs it can write
         with pytest.raises(LogUnavailableError, match="it goes on by itself once there is"):
             log.append([entry_of("refused")])
         for path in log_files(folder):

@@ -150,7 +150,7 @@ def test_the_index_forgets_answers_after_the_window_and_still_knows_the_keys(
     assert forget(keys, now[0] - log.window_ns) == CHUNK + 10
     key, late = decision_key("shop", "7"), decision_key("shop", "second")
     assert look_up(keys, [key])[key][:2] == (FORGOTTEN, 1)
-    assert look_up(keys, [late])[late].answer != b""  # sealed later
+    assert look_up(keys, [late])[late].asked.answer != b""  # sealed later
     keys.close()
     assert log.append([entry_of("7")]) == [Outcome("expired", b"")]
     assert log.append([entry_of("second")])[0].state == "repeated"

@@ -190,7 +190,7 @@ def _read(read: Callable[[bytes], Any], raw: bytes) -> bool:
         problem.encoded()
         return False
     for one in [found] if isinstance(found, Asked) else found if isinstance(found, list) else []:
-        json.loads(one.context), json.loads(one.actions)
+        msgspec.json.decode(one.context), msgspec.json.decode(one.actions)
     return True
 
 
