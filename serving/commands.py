@@ -51,7 +51,7 @@ def serve(config: Config = Path("propel.toml")) -> None:
         from serving.server import run
         from serving.settings import read_settings
 
-        raise typer.Exit(run(config, read_settings(config)))
+        raise typer.Exit(run(read_settings(config)))
 
 
 @key_app.command("add")

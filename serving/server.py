@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
+import socket
 import sys
-from pathlib import Path
 from typing import Any
 
 import structlog
 import uvicorn
-from fastapi import FastAPI
 
 from ope.data import InputError
 from serving.app import create_app
-from serving.settings import Settings, read_settings
-
-CONFIG = "PROPEL_CONFIG"
+from serving.settings import Settings
+from serving.workers import END, Workers
 
 PORT_TAKEN = 1
 """Exit status."""
@@ -48,34 +45,33 @@ def configure_logging() -> None:
     )
 
 
-def app_of_environment() -> FastAPI:
-    """The application of the settings file that the environment names: what each of several workers makes."""
-    configure_logging()
-    return create_app(read_settings(Path(os.environ[CONFIG])))
-
-
-def run(config: Path, settings: Settings) -> int:
+def run(settings: Settings) -> int:
     """Serve until told to end; the exit status. Raises InputError for what would not start."""
     options: dict[str, Any] = {
-        "host": settings.serve.host, "port": settings.serve.port, "loop": _installed("uvloop"), "http": _installed("httptools"),
-        "access_log": False, "log_config": None, "server_header": False, "proxy_headers": False, "timeout_keep_alive": 75,
+        "loop": _installed("uvloop"), "http": _installed("httptools"), "access_log": False, "log_config": None,
+        "server_header": False, "proxy_headers": False, "timeout_keep_alive": 75,
         "timeout_graceful_shutdown": settings.serve.drain_seconds, "lifespan": "on",
     }  # fmt: skip
     configure_logging()
-    if settings.serve.workers > 1:
-        create_app(settings)  # what is wrong is said once, here
-        os.environ[CONFIG] = str(config.resolve())
-        uvicorn.run("serving.server:app_of_environment", factory=True, workers=settings.serve.workers, **options)
-        return 0
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), **options))
-    # uvicorn drains at these signals, and raises them once more afterwards: the end that was asked for is no failure
-    for asked_to_end in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(asked_to_end, lambda number, frame: None)
+    config = uvicorn.Config(create_app(settings), host=settings.serve.host, port=settings.serve.port, **options)
     try:
-        server.run()
+        listening = config.bind_socket()
     except SystemExit:
         return PORT_TAKEN
-    return 0 if server.started else PORT_TAKEN
+    with listening:
+        if settings.serve.workers == 1:
+            return _serve(config, listening)
+        return Workers(lambda: _serve(config, listening), settings.serve.workers, settings.serve.drain_seconds).run()
+
+
+def _serve(config: uvicorn.Config, listening: socket.socket) -> int:
+    """Serve in this process."""
+    # uvicorn drains at these signals, and raises them once more afterwards: the end that was asked for is no failure
+    for asked_to_end in END:
+        signal.signal(asked_to_end, lambda number, frame: None)
+    server = uvicorn.Server(config)
+    server.run(sockets=[listening])
+    return 0 if server.started else 1
 
 
 def _installed(name: str) -> str:

@@ -133,7 +133,7 @@ class Service:
             found.append(told)
         if entries:
             self.log.submit_all(entries)
-        answers = []
+        answers, problems = [], []
         for one in found:
             try:
                 if isinstance(one, ProblemError):
@@ -141,6 +141,9 @@ class Service:
                 answers.append(self._decided(await one, served))
             except ProblemError as problem:
                 answers.append(problem.encoded())
+                problems.append(problem)
+        if len(problems) == len(answers) and {problem.status for problem in problems} == {503}:
+            raise problems[0]  # nothing could be stored: all of it may be sent again
         return answers
 
     def decision_entry(self, asked: Asked, tenant: str, served: Served) -> Entry:

@@ -316,6 +316,8 @@ class SqliteLog:
             os.close(head)
             raise
         try:
+            # what a killed process wrote may be read and not yet be on the disk: it is before anything is answered by it
+            live.execute("PRAGMA wal_checkpoint(PASSIVE)")
             found: list[Any] = live.execute("SELECT sealed, (SELECT max(row) FROM entries) FROM log").fetchall()
             ((sealed, last),) = found
             if not sealed and read_head(path) > (last or 0):  # rows are lost: they must not be given again
