@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -47,14 +48,8 @@ PACE = 0.002
 """Seconds from the start of one transaction to that of the next, at least. Each costs as much CPU as several entries: on a quick
 disk a loaded log would spend most of its time on small ones. An idle log does not wait."""
 
-CHUNKS = (64, 16, 4, 1)
-"""Rows of one statement: each statement hands Python's lock over once."""
-
-INSERT = {
-    size: f"INSERT INTO entries (kind, key, content, record, answer, checksum) VALUES {','.join(['(?,?,?,?,?,?)'] * size)} "  # noqa: S608
-    "ON CONFLICT (key) DO NOTHING"
-    for size in CHUNKS
-}
+LARGEST = 128
+"""Rows of one statement: a statement is a transaction of its own, and hands Python's lock over once."""
 
 MOST_WAL = 64 << 20
 """Bytes of write-ahead log at which a checkpoint no longer waits for a quiet moment."""
@@ -65,6 +60,16 @@ QUIET_WAL = 4 << 20
 DAY_NS = 86_400 * 10**9
 
 PAGE = 8192
+
+
+@lru_cache(maxsize=LARGEST)
+def _inserting(rows: int) -> str:
+    """Stores rows whose keys are new in a file that is not sealed: this is read in the same transaction, first."""
+    row = "(?,?,?,?,?,?)"
+    return (
+        "INSERT INTO entries (kind, key, content, record, answer, checksum) "  # noqa: S608  # marks alone are put in
+        f"SELECT * FROM (VALUES {','.join([row] * rows)}) WHERE (SELECT sealed FROM log) = 0 ON CONFLICT (key) DO NOTHING"
+    )
 
 
 def tell(results: list[Result]) -> None:
@@ -250,13 +255,12 @@ class SqliteLog:
             self._older.drop(self._indexed.get())
         try:
             with self._turn():
-                self._start()
+                self._seal_if_due()
+                before = self._live.total_changes()
                 outcomes = self._stored(entries)
-                row: Any = self._live.execute("SELECT max(row) FROM entries").get
-                self._live.execute("COMMIT")
-                if row:  # in this turn, so that it never goes back
-                    with contextlib.suppress(OSError):  # a note only: the entries are durable
-                        os.pwrite(self._head, row.to_bytes(8, "little"), 0)
+                if self._live.total_changes() > before:
+                    with contextlib.suppress(OSError):  # a note only: the entries are durable. In this turn: it never goes back
+                        os.pwrite(self._head, self._live.last_insert_rowid().to_bytes(8, "little"), 0)
         except apsw.BusyError as error:
             self._roll_back()
             raise LogUnavailableError(f"{self._path}: found {error}; expected a turn to write: end what holds it") from None
@@ -276,18 +280,20 @@ class SqliteLog:
         finally:
             fcntl.flock(self._turns, fcntl.LOCK_UN)
 
-    def _start(self) -> None:
-        """Begin a transaction on a file that is not sealed; seal one that is large or old enough."""
-        while True:
-            self._live.execute("BEGIN IMMEDIATE")
-            ((sealed, began, last),) = self._live.execute("SELECT sealed, began_ns, (SELECT max(row) FROM entries) FROM log")
-            if not sealed:
-                due = self.clock() - began > self.rotate_ns or self._is_large()
-                if not (due and last):
-                    return
-                self._live.execute("UPDATE log SET sealed = 1, rows = ?", (last,))
-            self._live.execute("COMMIT")
+    def _seal_if_due(self) -> None:
+        """Seal a file that is large or old enough, and go on to the next."""
+        if not (self.clock() - self._born > self.rotate_ns or self._is_large()):
+            return
+        self._live.execute("BEGIN IMMEDIATE")
+        last: Any = self._live.execute("SELECT max(row) FROM entries WHERE (SELECT sealed FROM log) = 0").get
+        if last:  # not empty, and nobody else sealed it
+            self._live.execute("UPDATE log SET sealed = 1, rows = ?", (last,))
+        self._live.execute("COMMIT")
+        if last or self._is_sealed():
             self._advance()
+
+    def _is_sealed(self) -> bool:
+        return bool(self._live.execute("SELECT sealed FROM log").get)
 
     def _is_large(self) -> bool:
         """Whether the file has its size; it is looked at each time that a sixteenth of that was added here."""
@@ -318,8 +324,8 @@ class SqliteLog:
         try:
             # what a killed process wrote may be read and not yet be on the disk: it is before anything is answered by it
             live.execute("PRAGMA wal_checkpoint(PASSIVE)")
-            found: list[Any] = live.execute("SELECT sealed, (SELECT max(row) FROM entries) FROM log").fetchall()
-            ((sealed, last),) = found
+            found: list[Any] = live.execute("SELECT sealed, began_ns, (SELECT max(row) FROM entries) FROM log").fetchall()
+            ((sealed, self._born, last),) = found
             if not sealed and read_head(path) > (last or 0):  # rows are lost: they must not be given again
                 live.execute("UPDATE log SET sealed = 1, rows = ?", (read_head(path),))
         except BaseException as error:
@@ -339,41 +345,61 @@ class SqliteLog:
         live.set_wal_hook(committed)
 
     def _stored(self, entries: list[Entry]) -> list[Outcome]:
-        """What becomes of entries, in the transaction that was begun."""
+        """Store entries durably; what became of each."""
         wanted = [entry.key for entry in entries if not entry.fresh] + [beside(entry).key for entry in entries if entry.kept]
-        older = self._older.find(wanted)
+        while True:
+            older = self._older.find(wanted)
+            new = [entry for entry in entries if entry.key not in older] if older else entries
+            stored = self._insert(new)
+            if stored or not new or not self._is_sealed():
+                break
+            self._advance()  # another process sealed it: all that it holds is older now
+        if stored == len(entries):
+            return [Outcome("stored", entry.answer) for entry in entries]
+        outcomes = self._told_apart(entries, older, self._live.last_insert_rowid() - stored if stored else None)
+        kept = [beside(entry) for entry, told in zip(entries, outcomes, strict=True) if entry.kept and told.state == "conflict"]
+        self._insert([entry for entry in kept if entry.key not in older])
+        return outcomes
+
+    def _insert(self, entries: Sequence[Entry]) -> int:
+        """Store entries whose keys are new here, durably, unless the file is sealed; how many were."""
+        if len(entries) <= LARGEST:
+            return self._insert_some(entries)
+        self._live.execute("BEGIN IMMEDIATE")
+        stored = sum(self._insert_some(entries[start : start + LARGEST]) for start in range(0, len(entries), LARGEST))
+        self._live.execute("COMMIT")
+        return stored
+
+    def _insert_some(self, entries: Sequence[Entry]) -> int:
+        if not entries:
+            return 0
+        values = [value for entry in entries for value in (*entry[:5], check_of(entry))]
         before = self._live.total_changes()
-        if not older:
-            rows = [(entry[0], entry[1], entry[2], entry[3], entry[4], check_of(entry)) for entry in entries]
-            at = 0
-            for size in CHUNKS:
-                while len(rows) - at >= size:
-                    self._live.execute(INSERT[size], [value for row in rows[at : at + size] for value in row])
-                    at += size
-            if self._live.total_changes() - before == len(rows):
-                return [Outcome("stored", entry.answer) for entry in entries]
-            self._live.execute("ROLLBACK")  # some are known: find out which
-            self._live.execute("BEGIN IMMEDIATE")
-        return [self._stored_one(entry, older) for entry in entries]
+        self._live.execute(_inserting(len(entries)), values)
+        return self._live.total_changes() - before
 
-    def _stored_one(self, entry: Entry, older: Mapping[bytes, Asked]) -> Outcome:
-        known = older.get(entry.key)
-        if known is None:
-            if self._insert(entry):
-                return Outcome("stored", entry.answer)
-            found: list[Any] = self._live.execute(f"{ENTRY} = ?", (entry.key,)).fetchall()
-            known = checked(*found[0])
-        if known == FORGOTTEN:
-            return Outcome("expired", b"")
-        if known.content == entry.content:
-            return Outcome("repeated", known.answer)
-        if entry.kept and beside(entry).key not in older:
-            self._insert(beside(entry))
-        return Outcome("conflict", b"")
-
-    def _insert(self, entry: Entry) -> bool:
-        self._live.execute(INSERT[1], (*entry[:5], check_of(entry)))
-        return bool(self._live.changes())
+    def _told_apart(self, entries: Sequence[Entry], older: Mapping[bytes, Asked], last_before: int | None) -> list[Outcome]:
+        """What became of entries some of whose keys were known. `last_before`: the last row before these; None: none was stored."""
+        found: dict[bytes, tuple[int, Asked]] = {}
+        keys = list({entry.key for entry in entries if entry.key not in older})
+        for start in range(0, len(keys), LARGEST):
+            some = keys[start : start + LARGEST]
+            marks = ",".join("?" * len(some))
+            rows: list[Any] = self._live.execute(f"{ENTRY.replace('SELECT', 'SELECT row,', 1)} IN ({marks})", some).fetchall()
+            found |= {parts[1]: (row, checked(*parts)) for row, *parts in rows}
+        claimed, outcomes = set[bytes](), []
+        for entry in entries:
+            row, known = (0, older[entry.key]) if entry.key in older else found[entry.key]
+            if last_before is not None and row > last_before and entry.key not in claimed:
+                claimed.add(entry.key)
+                outcomes.append(Outcome("stored", entry.answer))
+            elif known == FORGOTTEN:
+                outcomes.append(Outcome("expired", b""))
+            elif known.content == entry.content:
+                outcomes.append(Outcome("repeated", known.answer))
+            else:
+                outcomes.append(Outcome("conflict", b""))
+        return outcomes
 
     def _checkpoint(self, least: int) -> None:
         """Move the write-ahead log into the file, where it has grown enough; not while anyone waits, unless it is too large."""
