@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -16,7 +16,7 @@ from bandits.events import Decision, check_id, digest
 from bandits.ids import uuid7
 from bandits.policy import Floor, Policy, Uniform
 from bandits.sampling import TOTAL, Salt, choose, quantise
-from ope.data import BoolArray, InputError
+from ope.data import BoolArray, FloatArray, InputError
 from serving.plain import Plain
 from serving.requests import Asked
 from serving.wire import Action, DecisionAnswer
@@ -65,20 +65,68 @@ class Offered:
     excluded: tuple[tuple[str, str], ...]
 
 
-def decide(
-    asked: Asked,
-    tenant: str,
-    served: Served,
-    salt: Salt,
-    unit_of: Callable[[str, str], str],
-    clock: Callable[[], int],
-) -> Decision:
-    """A decision that is not stored yet. `unit_of(tenant, unit)`: what is stored of a unit.
+@dataclass(frozen=True, slots=True)
+class Decider:
+    """What decisions are made with. `unit_of(tenant, unit)`: what is stored of a unit."""
+
+    salt: Salt
+    unit_of: Callable[[str, str], str]
+    clock: Callable[[], int]
+
+
+def decide(asked: Asked, tenant: str, served: Served, by: Decider) -> Decision:
+    """A decision that is not stored yet.
 
     Raises InputError where nothing is eligible, or features are not as the decision point declares them.
     """
-    request, point = asked.request, served.point
-    now = clock()
+    offered = _offered(asked, served)
+    return _decision(asked, tenant, served, by, offered, served.policy.propensities(_batch(asked, offered, served))[0])
+
+
+def decide_all(many: Sequence[Asked], tenant: str, served: Served, by: Decider) -> list[Decision | InputError]:
+    """The same of several requests, each for itself; those of plain numbers and as many actions are scored together."""
+    offers: list[Offered | InputError] = []
+    alike: dict[int, list[int]] = {}
+    for at, asked in enumerate(many):
+        try:
+            offered = _offered(asked, served)
+        except InputError as error:
+            offers.append(error)
+            continue
+        offers.append(offered)
+        if asked.plain and offered.mask is None:
+            alike.setdefault(len(offered.actions), []).append(at)
+    vectors = dict[int, FloatArray]()
+    for k, places in alike.items():
+        vectors |= _scored_together([many[at] for at in places], [offers[at] for at in places], places, served, k)  # type: ignore[misc]
+    made: list[Decision | InputError] = []
+    for at, (asked, found) in enumerate(zip(many, offers, strict=True)):
+        try:
+            if isinstance(found, InputError):
+                raise found
+            vector = vectors[at] if at in vectors else served.policy.propensities(_batch(asked, found, served))[0]
+            made.append(_decision(asked, tenant, served, by, found, vector))
+        except InputError as error:
+            made.append(error)
+    return made
+
+
+def _scored_together(
+    many: Sequence[Asked], offers: Sequence[Offered], places: Sequence[int], served: Served, k: int
+) -> dict[int, FloatArray]:
+    """Vectors by place; none where one of the requests has a number that cannot be: each is then looked at by itself."""
+    assert served.plain is not None
+    try:
+        batch = served.plain.batch([one.request.context for one in many], [offered.features for offered in offers], k)
+    except InputError:
+        return {}
+    return dict(zip(places, served.policy.propensities(batch), strict=True))
+
+
+def _decision(asked: Asked, tenant: str, served: Served, by: Decider, offered: Offered, vector: FloatArray) -> Decision:
+    """The decision that a policy's vector (k,) leads to."""
+    request, point, salt = asked.request, served.point, by.salt
+    now = by.clock()
     decision_id = request.decision_id or uuid7(now)
     for name, value in (
         ("decision_id", decision_id),
@@ -88,24 +136,16 @@ def decide(
     ):
         if value is not UNSET:
             check_id(name, value)
-    offered = _offered(request.actions or (), served)
-    batch = _batch(asked, offered, served)
-    vector = served.policy.propensities(batch)[0]
     shares = quantise((vector if offered.mask is None else vector[offered.mask]).tolist(), explore=point.explores)
     chosen = choose(shares, salt.uniform(tenant, decision_id))
-    body = (
-        b'{"actions":'
-        + ((_encode if asked.plain else _sorted)(offered.features) if point.features.action else b"[]")
-        + b',"context":'
-        + asked.context
-        + b"}"
-    )
+    features = (_encode if asked.plain else _sorted)(offered.features) if point.features.action else b"[]"
+    body = b'{"actions":' + features + b',"context":' + asked.context + b"}"
     return Decision(
         tenant=tenant,
         decision_point=point.name,
         decision_id=decision_id,
         decided_at_ns=now,
-        unit=unit_of(tenant, request.unit) if request.unit else decision_id,
+        unit=by.unit_of(tenant, request.unit) if request.unit else decision_id,
         session=request.session or None,
         parent=request.parent or None,
         policy=served.reference,
@@ -131,8 +171,9 @@ def answer(decision: Decision, token: str) -> DecisionAnswer:
     )  # fmt: skip
 
 
-def _offered(actions: tuple[Action, ...], served: Served) -> Offered:
+def _offered(asked: Asked, served: Served) -> Offered:
     """The eligible actions in the order of their columns, and why others are not."""
+    actions: tuple[Action, ...] = asked.request.actions or ()
     catalogue, most = served.point.actions.catalogue, served.point.actions.most
     if not actions:
         if not catalogue:
@@ -176,7 +217,7 @@ def _batch(asked: Asked, offered: Offered, served: Served) -> DecisionBatch:
     if not schema.action and not asked.plain and any(offered.features):
         raise InputError("actions: found features; expected none, since the decision point declares none of actions")
     if asked.plain and served.plain is not None:
-        batch = served.plain.batch(context, offered.features, len(offered.actions))
+        batch = served.plain.batch([context], [offered.features], len(offered.actions))
     else:
         batch = schema.batch([context], [offered.features] if schema.action else len(offered.actions))
     if offered.mask is None:

@@ -99,7 +99,7 @@ async def decisions(service: Service, raw: bytes, path: Path, principal: Princip
 async def decision_batch(service: Service, raw: bytes, path: Path, principal: Principal) -> bytes:
     """As many answers as requests, in their order; a problem where one could not be decided on."""
     served = service.point(path["decision_point"])
-    answers = await service.decide_all(asked_many(raw), principal.tenant, served)
+    answers = await service.decide_all(asked_many(raw, served.plain), principal.tenant, served)
     return b'{"decisions":[' + b",".join(answers) + b"]}"
 
 

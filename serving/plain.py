@@ -19,7 +19,7 @@ from msgspec import UNSET, UnsetType
 from bandits.batch import DecisionBatch
 from bandits.events import Id
 from bandits.features import LARGEST, FeatureSchema, Number, all_eligible
-from serving.wire import MANY, DecisionRequest, Reason
+from serving.wire import MANY, MOST, DecisionBatchRequest, DecisionRequest, Reason
 
 Values: TypeAlias = Callable[[Any], Sequence[float]]
 
@@ -33,6 +33,8 @@ class Plain:
     schema: FeatureSchema
     decoder: msgspec.json.Decoder[DecisionRequest]
     """Its structs have the fields of `DecisionRequest` in the order of their names, so that they encode to canonical JSON."""
+    several: msgspec.json.Decoder[DecisionBatchRequest]
+    """The same of a batch."""
     context: Values
     action: Values
 
@@ -64,23 +66,25 @@ class Plain:
             ],
             **OPTIONS,
         )
-        return cls(schema, msgspec.json.Decoder(request), context_values, action_values)
+        decisions = Annotated[list[request], msgspec.Meta(min_length=1, max_length=MOST)]  # type: ignore[valid-type]
+        several = msgspec.defstruct("Batch", [("decisions", decisions)], **OPTIONS)
+        return cls(schema, msgspec.json.Decoder(request), msgspec.json.Decoder(several), context_values, action_values)
 
-    def batch(self, context: Any, features: Sequence[Any], k: int) -> DecisionBatch:
-        """Arrays of one request with k actions, as `FeatureSchema.batch` makes them. Raises its InputError."""
-        of_action = bool(self.schema.action)
-        values = [*self.context(context), *chain.from_iterable(map(self.action, features if of_action else ()))]
+    def batch(self, contexts: Sequence[Any], features: Sequence[Sequence[Any]], k: int) -> DecisionBatch:
+        """Arrays of n requests with k actions each, as `FeatureSchema.batch` makes them. Raises its InputError."""
+        n, d, of_action = len(contexts), len(self.schema.context), bool(self.schema.action)
+        values = list(chain.from_iterable(map(self.context, contexts)))
+        if of_action:
+            values += chain.from_iterable(map(self.action, chain.from_iterable(features)))
         try:
             numbers = np.frombuffer(struct.pack(f"{len(values)}d", *values))
         except (OverflowError, struct.error):
             numbers = np.array([np.inf])
         if not np.vdot(numbers, numbers) < LARGEST**2:
-            told = msgspec.to_builtins(list(features))
-            return self.schema.batch([msgspec.to_builtins(context)], [told] if of_action else k)
-        d = len(self.schema.context)
-        return DecisionBatch(
-            numbers[:d].reshape(1, d), numbers[d:].reshape(1, k, -1) if of_action else np.empty((1, k, 0)), all_eligible(1, k), True
-        )
+            told = [msgspec.to_builtins(list(one)) for one in features]
+            return self.schema.batch([msgspec.to_builtins(one) for one in contexts], told if of_action else k)
+        action_features = numbers[n * d :].reshape(n, k, -1) if of_action else np.empty((n, k, 0))
+        return DecisionBatch(numbers[: n * d].reshape(n, d), action_features, all_eligible(n, k), True)
 
 
 def _numbers(name: str, features: Sequence[Number]) -> tuple[type[msgspec.Struct], Values]:

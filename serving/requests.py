@@ -48,27 +48,29 @@ def decoded(raw: bytes, decoder: msgspec.json.Decoder[T]) -> T:
 
 def asked(raw: bytes, plain: Plain | None = None) -> Asked:
     """One decision's request; `plain`: how those of its decision point may be read. Raises ProblemError."""
-    found = None if plain is None else _read_plain(raw, plain.decoder)
-    if found is None:
-        found = _canonical(decoded(raw, DECISION))
+    read = None if plain is None else _read_plain(raw, plain.decoder)
+    found = _canonical(decoded(raw, DECISION)) if read is None else read[0]
     refuse_repeated_keys(raw, _quotes(found))
     return found
 
 
-def _read_plain(raw: bytes, decoder: msgspec.json.Decoder[DecisionRequest]) -> Asked | None:
-    try:
-        request = decoder.decode(raw)
-        actions = request.actions
-        return Asked(request, _encode(request.context), b"null" if actions is UNSET or actions is None else _encode(actions), True)
-    except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError):
-        return None
-
-
-def asked_many(raw: bytes) -> list[Asked]:
+def asked_many(raw: bytes, plain: Plain | None = None) -> list[Asked]:
     """The requests of a batch. Raises ProblemError."""
-    found = [_canonical(request) for request in decoded(raw, DECISIONS).decisions]
+    found = None if plain is None else _read_plain(raw, plain.several)
+    if found is None:
+        found = [_canonical(request) for request in decoded(raw, DECISIONS).decisions]
     refuse_repeated_keys(raw, 2 + sum(map(_quotes, found)))
     return found
+
+
+def _read_plain(raw: bytes, decoder: msgspec.json.Decoder[Any]) -> list[Asked] | None:
+    """Requests of plain numbers, or None where they are not, or cannot be read: the general reader then says why."""
+    try:
+        found = decoder.decode(raw)
+        requests = [found] if hasattr(found, "context") else found.decisions
+        return [Asked(one, _encode(one.context), _encode(one.actions) if one.actions else b"null", True) for one in requests]
+    except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError):
+        return None
 
 
 def refuse_repeated_keys(raw: bytes, quotes: int) -> None:

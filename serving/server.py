@@ -53,10 +53,12 @@ def run(settings: Settings) -> int:
         "timeout_graceful_shutdown": settings.serve.drain_seconds, "lifespan": "on",
     }  # fmt: skip
     configure_logging()
-    config = uvicorn.Config(create_app(settings), host=settings.serve.host, port=settings.serve.port, **options)
+    config, host, port = uvicorn.Config(create_app(settings), **options), settings.serve.host, settings.serve.port
     try:
-        listening = config.bind_socket()
-    except SystemExit:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        sys.stderr.write(f"propel: {host}, port {port}: {error.strerror}; expected a free one: set serve.port\n")
         return PORT_TAKEN
     with listening:
         if settings.serve.workers == 1:

@@ -31,7 +31,7 @@ from bandits.log.port import (
 from bandits.sampling import TOTAL, Salt
 from ope.data import InputError
 from serving.access import Secret
-from serving.decide import Served, answer, decide
+from serving.decide import Decider, Served, answer, decide, decide_all
 from serving.metrics import Metrics
 from serving.problems import ProblemError
 from serving.requests import Asked
@@ -39,6 +39,9 @@ from serving.settings import Serve
 from serving.wire import Accepted, ActionOfRecord, Logged, RewardRequest, ShownRequest
 
 encode = msgspec.json.Encoder().encode
+
+CHUNK = 25
+"""Decisions of a batch that are made without looking at anything else."""
 
 
 class GroupLog(DecisionLog, Protocol):
@@ -72,10 +75,13 @@ class Service:
     clock: Callable[[], int] = time.time_ns
     lag: float = 0.0
     """Seconds by which the event loop comes late."""
+    decider: Decider = field(init=False)
+    _turn: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
     rules: Mapping[str, Sequence[RewardRule]] = field(init=False)
     """Rewards by name, of whichever decision points have one."""
 
     def __post_init__(self) -> None:
+        self.decider = Decider(self.salt, self.secret.unit, self.clock)
         found: dict[str, list[RewardRule]] = {}
         for one in self.served.values():
             for rule in one.point.rewards:
@@ -114,7 +120,11 @@ class Service:
     async def decide(self, asked: Asked, tenant: str, served: Served) -> bytes:
         """The answer to a request, durable. Raises ProblemError."""
         told = asyncio.get_running_loop().create_future()
-        self.log.submit(self.decision_entry(asked, tenant, served), partial(_resolve, told))
+        try:
+            made = decide(asked, tenant, served, self.decider)
+        except InputError as error:
+            raise ProblemError("invalid", str(error)) from None
+        self.log.submit(self._entry(asked, made), partial(_resolve, told))
         return self._decided(await told, served)
 
     async def decide_all(self, many: Sequence[Asked], tenant: str, served: Served) -> list[bytes]:
@@ -122,15 +132,17 @@ class Service:
         loop = asyncio.get_running_loop()
         found: list[asyncio.Future[Outcome] | ProblemError] = []
         entries: list[tuple[Entry, Done]] = []
-        for asked in many:
-            try:
-                entry = self.decision_entry(asked, tenant, served)
-            except ProblemError as problem:
-                found.append(problem)
-                continue
-            told = loop.create_future()
-            entries.append((entry, partial(_resolve, told)))
-            found.append(told)
+        async with self._turn:  # batches take turns, some decisions at a time, so that others are not kept waiting
+            for start in range(0, len(many), CHUNK):
+                some = many[start : start + CHUNK]
+                for asked, made in zip(some, decide_all(some, tenant, served, self.decider), strict=True):
+                    if isinstance(made, InputError):
+                        found.append(ProblemError("invalid", str(made)))
+                        continue
+                    told = loop.create_future()
+                    entries.append((self._entry(asked, made), partial(_resolve, told)))
+                    found.append(told)
+                await asyncio.sleep(0)
         if entries:
             self.log.submit_all(entries)
         answers, problems = [], []
@@ -146,16 +158,12 @@ class Service:
             raise problems[0]  # nothing could be stored: all of it may be sent again
         return answers
 
-    def decision_entry(self, asked: Asked, tenant: str, served: Served) -> Entry:
-        """A decision as the log takes it. Raises ProblemError where none can be made."""
-        try:
-            made = decide(asked, tenant, served, self.salt, self.secret.unit, self.clock)
-        except InputError as error:
-            raise ProblemError("invalid", str(error)) from None
-        told = encode(answer(made, self.secret.token(tenant, made.decision_id)))
+    def _entry(self, asked: Asked, made: Decision) -> Entry:
+        """A decision as the log takes it."""
+        told = encode(answer(made, self.secret.token(made.tenant, made.decision_id)))
         return Entry(
             Kind.DECISION,
-            decision_key(tenant, made.decision_id),
+            decision_key(made.tenant, made.decision_id),
             made.request_hash,
             encode(made),
             told,

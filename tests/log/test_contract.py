@@ -235,7 +235,9 @@ def test_any_sequence_does_what_a_dict_does(where: str, steps: list[list[Entry] 
                 bench.now += 2 * 3600 * 10**9  # older than an hour: the next group begins a file
         found = bench.stored()
         # in whatever order: what contradicts is kept once its group is stored
-        assert sorted((one.key, one.content, one.record, one.answer) for one in found) == sorted(e[1:5] for e in model.kept.values())
+        assert sorted((one.key, one.content, one.record, one.answer) for one in found) == sorted(
+            e[1:5] for e in model.kept.values()
+        )
         assert [bench.log.find(one.key) for one in found] == found
         assert not [gap for path in log_files(folder) for gap in gaps(path)]
     finally:

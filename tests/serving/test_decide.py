@@ -20,7 +20,7 @@ from bandits.scorers import Linear
 from ope.data import InputError
 from pipelines.nightly.bodies import features_of
 from serving.access import Secret
-from serving.decide import UNIFORM, Served, answer, decide
+from serving.decide import UNIFORM, Decider, Served, answer, decide
 from serving.problems import ProblemError
 from serving.requests import asked
 from tests.nightly.events import table
@@ -38,7 +38,7 @@ ROUTES = Served(ROUTES_POINT, linear(ROUTES_POINT), "linear@2")
 def decided(request: dict[str, Any], served: Served = UNIFORM_HERE, tenant: str = "shop", *, at_once: bool = True) -> Decision:
     """`at_once`: read as a single request is, where its decision point allows; else as one of a batch is."""
     raw = json.dumps(request).encode()
-    return decide(asked(raw, served.plain if at_once else None), tenant, served, SALT, SECRET.unit, lambda: NOW)
+    return decide(asked(raw, served.plain if at_once else None), tenant, served, Decider(SALT, SECRET.unit, lambda: NOW))
 
 
 def shares(decision: Decision) -> list[int]:
