@@ -23,7 +23,7 @@ tests: .venv/.dev
 
 # what `make test` does a few times, many times over: some minutes
 faults: .venv/.dev
-	PROPEL_KILLS=60 $(BIN)/python -m pytest tests/faults tests/nightly/test_ingest.py
+	PROPEL_KILLS=60 $(BIN)/python -m pytest tests/faults tests/nightly/test_ingest.py tests/bandits/test_sampling.py
 
 bench-ope: .venv/.demo
 	$(BIN)/python -m benchmarks.ope --rounds 1000000 --actions 10

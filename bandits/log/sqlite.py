@@ -116,6 +116,7 @@ class SqliteLog:
         self._began = 0.0  # when the last transaction did
         self._seconds = 0.01  # of a commit, smoothed
         self._turns = (folder / "writer.lock").open("a")
+        self._last = 0  # the last row that a transaction stored; 0: none
         self._wal = self._copied = 0  # pages of the write-ahead log, and those of them that are in the file
         self._indexed: queue.SimpleQueue[Path] = queue.SimpleQueue()
         self._to_index: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
@@ -256,11 +257,11 @@ class SqliteLog:
         try:
             with self._turn():
                 self._seal_if_due()
-                before = self._live.total_changes()
+                self._last = 0
                 outcomes = self._stored(entries)
-                if self._live.total_changes() > before:
+                if self._last:
                     with contextlib.suppress(OSError):  # a note only: the entries are durable. In this turn: it never goes back
-                        os.pwrite(self._head, self._live.last_insert_rowid().to_bytes(8, "little"), 0)
+                        os.pwrite(self._head, self._last.to_bytes(8, "little"), 0)
         except apsw.BusyError as error:
             self._roll_back()
             raise LogUnavailableError(f"{self._path}: found {error}; expected a turn to write: end what holds it") from None
@@ -356,7 +357,7 @@ class SqliteLog:
             self._advance()  # another process sealed it: all that it holds is older now
         if stored == len(entries):
             return [Outcome("stored", entry.answer) for entry in entries]
-        outcomes = self._told_apart(entries, older, self._live.last_insert_rowid() - stored if stored else None)
+        outcomes = self._told_apart(entries, older, self._last - stored if stored else None)
         kept = [beside(entry) for entry, told in zip(entries, outcomes, strict=True) if entry.kept and told.state == "conflict"]
         self._insert([entry for entry in kept if entry.key not in older])
         return outcomes
@@ -364,10 +365,13 @@ class SqliteLog:
     def _insert(self, entries: Sequence[Entry]) -> int:
         """Store entries whose keys are new here, durably, unless the file is sealed; how many were."""
         if len(entries) <= LARGEST:
-            return self._insert_some(entries)
-        self._live.execute("BEGIN IMMEDIATE")
-        stored = sum(self._insert_some(entries[start : start + LARGEST]) for start in range(0, len(entries), LARGEST))
-        self._live.execute("COMMIT")
+            stored = self._insert_some(entries)
+        else:
+            self._live.execute("BEGIN IMMEDIATE")
+            stored = sum(self._insert_some(entries[start : start + LARGEST]) for start in range(0, len(entries), LARGEST))
+            self._live.execute("COMMIT")
+        if stored:
+            self._last = self._live.last_insert_rowid()
         return stored
 
     def _insert_some(self, entries: Sequence[Entry]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import numpy as np
 import pytest
@@ -198,9 +199,9 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_million_draws_on_each_of_ten_vectors_are_as_likely_as_their_shares(name):
-    """Ten million draws in all, of as many ids: each vector has a tenant of its own."""
-    shares, n = np.array(quantise(SHAPES[name])), 1_000_000
+def test_draws_on_each_of_ten_vectors_are_as_likely_as_their_shares(name):
+    """Ten million draws in all, of as many ids, where `make faults` asks for them: each vector has a tenant of its own."""
+    shares, n = np.array(quantise(SHAPES[name])), 1_000_000 if "PROPEL_KILLS" in os.environ else 200_000
     u = np.fromiter((SALT.uniform(name, f"decision-{i}") for i in range(n)), dtype=np.int64, count=n)
     counts = np.zeros(len(shares), dtype=np.int64)
     for start in range(0, n, 20_000):

@@ -213,7 +213,7 @@ def test_without_the_count_column_intervals_are_far_too_wide(user_intervals):
 
 # Blocks of rows against rows
 
-ROWS, RESAMPLES, SEEDS = 20_000, 4000, range(20)
+ROWS, RESAMPLES, SEEDS = 20_000, 4000, range(10)
 
 
 def plain_snips_ends(w: np.ndarray, wr: np.ndarray, seed: int) -> np.ndarray:
