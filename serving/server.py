@@ -53,17 +53,25 @@ def run(settings: Settings) -> int:
         "timeout_graceful_shutdown": settings.serve.drain_seconds, "lifespan": "on",
     }  # fmt: skip
     configure_logging()
-    config, host, port = uvicorn.Config(create_app(settings), **options), settings.serve.host, settings.serve.port
+    config, serve = uvicorn.Config(create_app(settings), **options), settings.serve
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server((host, port), family=family, backlog=2048)
+        listening = _listen(serve.host, serve.port)
     except OSError as error:
-        sys.stderr.write(f"propel: {host}, port {port}: {error.strerror}; expected a free one: set serve.port\n")
+        sys.stderr.write(f"propel: {serve.host}, port {serve.port}: {error.strerror}; expected a free one: set serve.port\n")
         return PORT_TAKEN
-    with listening:
-        if settings.serve.workers == 1:
+    if serve.workers == 1:
+        with listening:
             return _serve(config, listening)
-        return Workers(lambda: _serve(config, listening), settings.serve.workers, settings.serve.drain_seconds).run()
+    port = listening.getsockname()[1]
+    listening.close()  # it was free, and nobody else's
+    # a socket each, among which the system deals connections out: from one they share, the quickest would take them all
+    return Workers(lambda: _serve(config, _listen(serve.host, port, reuse_port=True)), serve.workers, serve.drain_seconds).run()
+
+
+def _listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
+    """A socket that listens. Raises OSError where it cannot."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048, reuse_port=reuse_port)
 
 
 def _serve(config: uvicorn.Config, listening: socket.socket) -> int:

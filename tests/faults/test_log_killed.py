@@ -22,6 +22,8 @@ from bandits.log.segments import find, gaps, records, segment
 from bandits.log.sqlite import SqliteLog
 from tests.faults.log_writer import FAILED, Writers, entry_of, group_names, read_ledger, writers
 
+needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+
 FULL = "PROPEL_KILLS" in os.environ
 POINTS = max(200, int(os.environ["PROPEL_KILLS"])) if FULL else 8
 """Kills, about; `make faults` asks for more of them."""
@@ -91,6 +93,7 @@ def counted(serving: Writers, folder: Path) -> dict[tuple[str, str], int]:
     return calls
 
 
+@needs_strace
 def test_a_killed_writer_loses_nothing_that_it_acknowledged(serving: Writers, tmp_path: Path) -> None:
     calls = counted(serving, tmp_path)
     total: Counter[str] = Counter()
@@ -120,6 +123,7 @@ def test_a_killed_writer_loses_nothing_that_it_acknowledged(serving: Writers, tm
     assert slowest <= 3.0
 
 
+@needs_strace
 def test_a_writer_that_shares_the_folder_with_a_killed_one_goes_on(serving: Writers, tmp_path: Path) -> None:
     points = POINTS // 8
     for point in range(points):
@@ -153,6 +157,7 @@ def test_a_writer_that_shares_the_folder_with_a_killed_one_goes_on(serving: Writ
         assert ready <= 3.0
 
 
+@needs_strace
 @pytest.mark.parametrize("first", range(1, 14) if FULL else [1, 12])  # groups in flight share: 40 make 14 transactions or more
 def test_nothing_is_acknowledged_after_the_disk_did_not_confirm(serving: Writers, tmp_path: Path, first: int) -> None:
     folder = tmp_path / "eio"
