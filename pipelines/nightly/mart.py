@@ -298,7 +298,9 @@ def _read(path: Path, name: str, manifest: Manifest) -> pa.Table:
             f"{file}: table {name!r}: found {len(raw):,} bytes that are not those listed ({part.bytes:,} bytes, SHA-256 "
             f"{part.sha256[:16]}...); it was altered: {_again(path)}"
         )
-    return pq.read_table(io.BytesIO(raw))
+    # by this thread alone: one of Arrow's own may let go of the bytes while the process ends, and that aborts it
+    with pq.ParquetFile(io.BytesIO(raw), pre_buffer=False) as file:
+        return file.read(use_threads=False)
 
 
 def _again(path: Path) -> str:
