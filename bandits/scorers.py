@@ -5,6 +5,7 @@ One row scores to the same bits as a million, and as one padded to a longer set:
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, Protocol
@@ -93,6 +94,10 @@ class Trees:
     model: str
     """LightGBM text"""
     kind: ClassVar[str] = "trees"
+
+    def __post_init__(self) -> None:
+        # one text for equal models: else every call compares all of it with the one that is known by it
+        object.__setattr__(self, "model", sys.intern(self.model))
 
     def scores(self, batch: DecisionBatch) -> FloatArray:
         """Scores (n, k). One thread, since a service scores many requests at once."""

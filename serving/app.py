@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
 from typing import Any
@@ -21,11 +22,12 @@ from bandits.salts import check_secret, read_salts
 from ope.data import InputError
 from serving.access import Access, Secret
 from serving.decide import UNIFORM, Served
+from serving.gather import Gathering, GroupLog
 from serving.http import Direct, routes
 from serving.metrics import Metrics
 from serving.openapi import described
 from serving.problems import ProblemError
-from serving.service import GroupLog, Service
+from serving.service import Service
 from serving.settings import Settings
 
 log = structlog.get_logger()
@@ -78,7 +80,7 @@ def create_app(
         {
             "propel_log_waiting": ("Entries that wait for the disk.", lambda: service.log.waiting[0]),
             "propel_log_expected_wait_seconds": ("What an entry would wait now.", lambda: service.log.expected_wait),
-            "propel_log_group_entries": ("Entries of the last transaction.", lambda: getattr(service.log, "last_group", 0)),
+            "propel_log_group_entries": ("Entries of the last transaction.", lambda: service.log.last_group),
             "propel_log_full": ("1 while the disk is full.", lambda: float(service.log.full)),
             "propel_loop_lag_seconds": ("How late the event loop is.", lambda: service.lag),
         },
@@ -91,15 +93,16 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
-        service.log = (make_log or _sqlite_log)(
+        log_ = (make_log or _sqlite_log)(
             settings,
             lambda results: loop.call_soon_threadsafe(tell, results),
             on_failure or (lambda error: loop.call_soon_threadsafe(_end, loop, error)),
         )
+        service.log = gathering = Gathering(log_, loop)
         gc.collect()
         gc.freeze()  # what is there now stays: no collection looks at it again
         gc.set_threshold(20_000, 20, 50)  # requests leave no cycles behind
-        tasks = [asyncio.create_task(_beat(service)), asyncio.create_task(_refresh(access)), asyncio.create_task(_leave(metrics))]
+        tasks = [asyncio.create_task(one) for one in (_beat(service, gathering), _refresh(access), _leave(metrics))]
         log.info("serving", points={name: one.reference for name, one in served.items()}, process=os.getpid())
         try:
             yield
@@ -127,7 +130,7 @@ def create_app(
 class _Unopened:
     """Stands for the log until the application starts."""
 
-    full, failed = False, None
+    full, failed, last_group = False, None, 0
     waiting, expected_wait = (0, 0), 0.0
 
 
@@ -145,14 +148,17 @@ def _end(loop: asyncio.AbstractEventLoop, error: LogFailedError) -> None:
     loop.call_later(0.2, os._exit, FAILED)
 
 
-async def _beat(service: Service) -> None:
-    """Measure how late the event loop is."""
+async def _beat(service: Service, gathering: Gathering) -> None:
+    """Measure how late the event loop is, and how busy."""
     loop = asyncio.get_running_loop()
+    before, worked = loop.time(), time.thread_time()
     while True:
-        expected = loop.time() + HEARTBEAT
         await asyncio.sleep(HEARTBEAT)
-        late = max(0.0, loop.time() - expected)
+        now, work = loop.time(), time.thread_time()
+        late = max(0.0, now - before - HEARTBEAT)
         service.lag = late if late > service.lag else 0.7 * service.lag + 0.3 * late
+        gathering.adapt((work - worked) / (now - before))
+        before, worked = now, work
 
 
 async def _refresh(access: Access) -> None:

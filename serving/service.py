@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
 
 import msgspec
 from msgspec import UNSET
@@ -17,7 +16,6 @@ from msgspec import UNSET
 from bandits.decision_point import RewardRule
 from bandits.events import Decision, Reward, Shown, check_id, digest
 from bandits.log.port import (
-    DecisionLog,
     Done,
     Entry,
     Kind,
@@ -32,6 +30,7 @@ from bandits.sampling import TOTAL, Salt
 from ope.data import InputError
 from serving.access import Secret
 from serving.decide import Decider, Served, answer, decide, decide_all
+from serving.gather import Gathering
 from serving.metrics import Metrics
 from serving.problems import ProblemError
 from serving.requests import Asked
@@ -44,30 +43,12 @@ CHUNK = 25
 """Decisions of a batch that are made without looking at anything else."""
 
 
-class GroupLog(DecisionLog, Protocol):
-    """A log that also takes several entries for one transaction."""
-
-    @property
-    def full(self) -> bool:
-        """Whether the disk was full when it was last written to."""
-        ...
-
-    @property
-    def failed(self) -> LogFailedError | None:
-        """Why nothing is acknowledged any more."""
-        ...
-
-    def submit_all(self, entries: list[tuple[Entry, Done]]) -> None:
-        """Queue entries that share a transaction."""
-        ...
-
-
 @dataclass(slots=True)
 class Service:
     """Everything that a request needs, made once."""
 
     served: Mapping[str, Served]
-    log: GroupLog
+    log: Gathering
     salt: Salt
     secret: Secret
     limits: Serve

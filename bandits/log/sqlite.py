@@ -44,10 +44,6 @@ Result: TypeAlias = tuple[Done, Outcome | Exception]
 MOST = 512
 """Entries in one transaction, about: a batch is not cut."""
 
-PACE = 0.002
-"""Seconds from the start of one transaction to that of the next, at least. Each costs as much CPU as several entries: on a quick
-disk a loaded log would spend most of its time on small ones. An idle log does not wait."""
-
 LARGEST = 128
 """Rows of one statement: a statement is a transaction of its own, and hands Python's lock over once."""
 
@@ -113,7 +109,6 @@ class SqliteLog:
         """Entries of the last one."""
         self._queue: queue.SimpleQueue[list[tuple[Entry, Done]] | None] = queue.SimpleQueue()
         self._sent, self._settled = [0, 0], [0, 0]  # entries and bytes; one thread writes each, so that no lock is needed
-        self._began = 0.0  # when the last transaction did
         self._seconds = 0.01  # of a commit, smoothed
         self._turns = (folder / "writer.lock").open("a")
         self._last = 0  # the last row that a transaction stored; 0: none
@@ -212,9 +207,6 @@ class SqliteLog:
             except queue.Empty:
                 self._checkpoint(QUIET_WAL)
                 continue
-            if (early := self._began + PACE - time.monotonic()) > 0:
-                time.sleep(early)
-            self._began = time.monotonic()
             group: list[tuple[Entry, Done]] = []
             while taken is not None:
                 group += taken
