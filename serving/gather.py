@@ -1,7 +1,7 @@
-"""Entries on their way from the event loop to the log: one group is under way at a time, and meanwhile the next forms.
+"""Entries on their way from the event loop to the log: in groups that are the larger the busier the loop is.
 
-A group costs as much CPU as many entries, and the thread that commits it takes the interpreter from the loop. So groups of a loaded
-service are few and large, while an idle one sends each entry at once.
+A group costs as much CPU as many entries, and the thread that commits it takes the interpreter from the loop. So a loaded service
+sends few large groups, while an idle one sends each entry at once.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-from bandits.log.port import DecisionLog, Done, Entry, LogFailedError, Outcome, Stored
+from bandits.log.port import DecisionLog, Done, Entry, LogFailedError, Stored
 
 PATIENCE = 0.005
 """Seconds from one group to the next, at least, where the loop is loaded."""
 
-IDLE, LOADED = 0.4, 0.65
+IDLE, LOADED = 0.5, 0.7
 """Shares of its time that the loop is busy: up to the first nobody waits for others, from the second on as long as that."""
 
 
@@ -42,7 +42,7 @@ class GroupLog(DecisionLog, Protocol):
 
 
 class Gathering:
-    """The entries of one event loop on their way to a log. One group is under way at a time: the next forms meanwhile."""
+    """The entries of one event loop on their way to a log."""
 
     def __init__(self, log: GroupLog, loop: asyncio.AbstractEventLoop) -> None:
         self._log, self._loop = log, loop
@@ -50,7 +50,7 @@ class Gathering:
         self._size = 0  # bytes of those
         self._patience = 0.0
         self._next = 0.0  # when the next group may go
-        self._held = False  # whether one is under way, or waits until it may go
+        self._held = False  # whether one waits until it may go
 
     def adapt(self, busy: float) -> None:
         """Learn which share of its time the loop was busy."""
@@ -104,24 +104,14 @@ class Gathering:
         self._log.close()
 
     def _send_in_time(self) -> None:
-        self._held = True
         if (early := self._next - self._loop.time()) > 0:
+            self._held = True
             self._loop.call_later(early, self._send)
         else:
             self._send()
 
     def _send(self) -> None:
-        entries, self._waiting, self._size = self._waiting, [], 0
-        if not entries:  # it was closed meanwhile
-            return
-        self._next = self._loop.time() + self._patience
-        entry, done = entries[-1]
-
-        def told_last(outcome: Outcome | Exception) -> None:
-            self._held = False
-            if self._waiting:
-                self._send_in_time()
-            done(outcome)
-
-        entries[-1] = entry, told_last
-        self._log.submit_all(entries)
+        entries, self._waiting, self._size, self._held = self._waiting, [], 0, False
+        if entries:
+            self._next = self._loop.time() + self._patience
+            self._log.submit_all(entries)

@@ -24,6 +24,9 @@ PRAGMA user_version = 1;
 LEAST_SQLITE = (3, 51, 3)
 """Before it, a write-ahead log that was reset while another connection checkpointed could lose a commit."""
 
+PAGE = 8192
+"""Bytes of a page."""
+
 Connect = Callable[[Path], apsw.Connection]
 
 
@@ -68,7 +71,7 @@ def writing(path: Path) -> apsw.Connection:
     connection = apsw.Connection(str(path))
     connection.set_busy_timeout(10_000)
     for statement in (
-        "PRAGMA page_size = 8192",
+        f"PRAGMA page_size = {PAGE}",
         "PRAGMA journal_mode = WAL",
         "PRAGMA synchronous = FULL",
         "PRAGMA wal_autocheckpoint = 0",

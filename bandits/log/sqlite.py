@@ -21,7 +21,9 @@ from typing import Any, TypeAlias
 
 import apsw
 
+from bandits.log.copier import Copier
 from bandits.log.files import (
+    PAGE,
     Connect,
     begin,
     bytes_of,
@@ -47,15 +49,13 @@ MOST = 512
 LARGEST = 128
 """Rows of one statement: a statement is a transaction of its own, and hands Python's lock over once."""
 
-MOST_WAL = 64 << 20
-"""Bytes of write-ahead log at which a checkpoint no longer waits for a quiet moment."""
+COPIED_WAL = 4 << 20
+"""Bytes of write-ahead log from which on it is copied into the file, beside the transactions that follow."""
 
-QUIET_WAL = 4 << 20
-"""Bytes of write-ahead log from which on a quiet moment is used."""
+MOST_WAL = 64 << 20
+"""Bytes of write-ahead log at which transactions wait until it is copied."""
 
 DAY_NS = 86_400 * 10**9
-
-PAGE = 8192
 
 
 @lru_cache(maxsize=LARGEST)
@@ -112,13 +112,15 @@ class SqliteLog:
         self._seconds = 0.01  # of a commit, smoothed
         self._turns = (folder / "writer.lock").open("a")
         self._last = 0  # the last row that a transaction stored; 0: none
-        self._wal = self._copied = 0  # pages of the write-ahead log, and those of them that are in the file
+        self._wal = self._copied = 0  # pages of the write-ahead log, and those of them that are in the file, or on the way there
+        self._rest = False  # whether only what was written beside the copier is left to be copied
         self._indexed: queue.SimpleQueue[Path] = queue.SimpleQueue()
         self._to_index: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
         self._closing = False
         self._begin(reserve)
         for path in self._older.paths:
             self._to_index.put(path)
+        self._copier = Copier(connect, self._gave_up)
         self._committer = threading.Thread(target=self._run, name="log committer", daemon=True)
         self._keeper = threading.Thread(target=self._keep_keys, name="log keeper", daemon=True)
         self._committer.start()
@@ -205,7 +207,7 @@ class SqliteLog:
             try:
                 taken = self._queue.get(timeout=1.0)
             except queue.Empty:
-                self._checkpoint(QUIET_WAL)
+                self._checkpoint()
                 continue
             group: list[tuple[Entry, Done]] = []
             while taken is not None:
@@ -219,8 +221,9 @@ class SqliteLog:
             ending = taken is None
             if group:
                 self._settle(group)
-            self._checkpoint(QUIET_WAL if self._queue.empty() else MOST_WAL)
-        self._checkpoint(0)
+            self._checkpoint()
+        self._copier.close()
+        self._copy_rest()
 
     def _settle(self, group: list[tuple[Entry, Done]]) -> None:
         started = time.monotonic()
@@ -327,7 +330,7 @@ class SqliteLog:
             if isinstance(error, ValueError):
                 raise InputError(f"{path}: found no description; expected a file of a log: restore it from a backup") from None
             raise
-        self._path, self._live, self._head, self._wal, self._copied = path, live, head, 0, 0
+        self._path, self._live, self._head, self._wal, self._copied, self._rest = path, live, head, 0, 0, False
         self._added = self.rotate_bytes
 
         def committed(connection: apsw.Connection, name: str, pages: int) -> int:
@@ -397,13 +400,26 @@ class SqliteLog:
                 outcomes.append(Outcome("conflict", b""))
         return outcomes
 
-    def _checkpoint(self, least: int) -> None:
-        """Move the write-ahead log into the file, where it has grown enough; not while anyone waits, unless it is too large."""
+    def _checkpoint(self) -> None:
+        """Have the write-ahead log copied into the file where it has grown enough: what is copied whole begins anew."""
+        grown = (self._wal - self._copied) * PAGE
+        if grown > MOST_WAL:
+            self._copier.idle.wait()
+        if self._copier.idle.is_set() and (self._rest or grown > MOST_WAL):
+            self._copy_rest()
+        elif self._copier.idle.is_set() and grown > COPIED_WAL:
+            self._copied, self._rest = self._wal, True
+            self._copier.copy(self._path)
+
+    def _copy_rest(self) -> None:
+        """Copy while nobody writes."""
+        self._rest = False
         try:
-            if self.failed is None and (self._wal - self._copied) * PAGE > least:
+            if self.failed is None:
                 with self._turn():
-                    done: list[Any] = self._live.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-                    self._copied = done[0][2]
+                    found: list[Any] = self._live.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+                    ((busy, _, copied),) = found
+                    self._copied = self._copied if busy else copied
         except apsw.BusyError:
             return  # later
         except (apsw.Error, OSError) as error:
