@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bandits.terminal import BAD_INPUT, bad_input
 from pipelines import nightly_commands
 from pipelines.policy_commands import policy_app
 from pipelines.terminal import (
     ALL_REFUSED,
-    BAD_INPUT,
     ActionColumn,
     ActionCount,
     AsJson,
@@ -29,7 +29,6 @@ from pipelines.terminal import (
     RewardColumn,
     Seed,
     WeightColumn,
-    bad_input,
     progress,
     split,
 )

@@ -6,6 +6,7 @@ The service, the join and the learners read the same file.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -134,6 +135,15 @@ class DecisionPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def read_decision_point(path: Path) -> DecisionPoint:
     """A decision point from a TOML file. Raises InputError that names file and key, and suggests the key that was meant."""
     return read_toml(path, DecisionPoint)
+
+
+def read_decision_points(settings: Path, names: Sequence[str]) -> tuple[DecisionPoint, ...]:
+    """The decision points that a settings file names, relative to itself. Raises InputError, too, for two of one name."""
+    points = tuple(read_decision_point(settings.resolve().parent / name) for name in names)
+    found = sorted(point.name for point in points)
+    if len(set(found)) != len(found):
+        raise InputError(f"{settings}: decision_points: found {found}; expected distinct names")
+    return points
 
 
 def parse_decision_point(text: bytes | str, source: str = "decision point") -> DecisionPoint:

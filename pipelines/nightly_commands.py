@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from pipelines.terminal import AsJsonObject, bad_input, progress
+from bandits.terminal import bad_input
+from pipelines.terminal import AsJsonObject, progress
 
 ATTENTION, BUSY = 3, 4
 """Exit codes: something needs a person; another night is running."""

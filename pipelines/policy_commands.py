@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bandits.terminal import bad_input
 from pipelines.terminal import (
     ALL_REFUSED,
     ActionColumn,
@@ -24,7 +25,6 @@ from pipelines.terminal import (
     RewardColumn,
     Seed,
     WeightColumn,
-    bad_input,
     progress,
     split,
 )

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-BAD_INPUT, ALL_REFUSED = 2, 3
-"""Exit codes."""
+ALL_REFUSED = 3
+"""Exit code."""
 
 LogFile = Annotated[Path, typer.Option(help="Log of decisions: a .parquet or .csv file, one row per decision.")]
 ActionColumn = Annotated[str, typer.Option(help="Column of the action taken: an index 0..k-1, or a label.")]
@@ -27,23 +27,6 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of folds and resamples.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print a list of objects, one per estimate.")]
 Force = Annotated[bool, typer.Option(help="Show the numbers of refused estimates.")]
 AsJsonObject = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-@contextmanager
-def bad_input() -> Iterator[None]:
-    """Turn an error about the input into a message and exit code 2; anything else is our fault and keeps its traceback."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        typer.echo(f"propel: {error.name} is not installed; run: pip install 'propel[jobs]'", err=True)
-        raise typer.Exit(BAD_INPUT) from None
-    except Exception as error:
-        from ope.data import InputError
-
-        if not isinstance(error, InputError | OSError):
-            raise
-        typer.echo(f"propel: {error}", err=True)
-        raise typer.Exit(BAD_INPUT) from None
 
 
 @contextmanager

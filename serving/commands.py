@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-BAD_INPUT = 2
+from bandits.terminal import bad_input
 
 Config = Annotated[Path, typer.Option(help="Settings file.", envvar="PROPEL_CONFIG")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -29,7 +27,7 @@ def init(
     """
     from serving.setup import initialise
 
-    with _bad_input():
+    with bad_input("serve"):
         made = initialise(folder, port)
     if as_json:
         told = {"config": str(made.config), "key": made.key, "decision_point": made.decision_point, "url": made.url}
@@ -47,7 +45,7 @@ def serve(config: Config = Path("propel.toml")) -> None:
 
     Exit codes: 0 ended, 1 the port is taken, 2 bad input, 74 the disk did not confirm a write.
     """
-    with _bad_input():
+    with bad_input("serve"):
         from serving.server import run
         from serving.settings import read_settings
 
@@ -62,7 +60,7 @@ def add(
     config: Config = Path("propel.toml"),
 ) -> None:
     """Make a key, and print it this once. A running service takes it within seconds."""
-    with _bad_input():
+    with bad_input("serve"):
         import datetime as dt
 
         from ope.data import InputError
@@ -84,7 +82,7 @@ def add(
 @key_app.command("list")
 def list_(config: Config = Path("propel.toml"), as_json: AsJson = False) -> None:
     """Keys by their first part; their text is kept nowhere."""
-    with _bad_input():
+    with bad_input("serve"):
         from serving.settings import read_settings
         from serving.setup import keys_of
 
@@ -103,23 +101,8 @@ def remove(
     config: Config = Path("propel.toml"),
 ) -> None:
     """End a key. A running service refuses it within seconds."""
-    with _bad_input():
+    with bad_input("serve"):
         from serving.settings import read_settings
         from serving.setup import remove_key
 
         typer.echo(f"ended propel_{remove_key(read_settings(config).data, prefix).prefix}_...")
-
-
-@contextmanager
-def _bad_input() -> Iterator[None]:
-    """Turn an error about the input into a message and exit code 2."""
-    from ope.data import InputError
-
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        typer.echo(f"propel: {error.name} is not installed; run: pip install 'propel[serve]'", err=True)
-        raise typer.Exit(BAD_INPUT) from None
-    except (InputError, OSError) as error:
-        typer.echo(f"propel: {error}", err=True)
-        raise typer.Exit(BAD_INPUT) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import math
+import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
@@ -33,6 +33,8 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 JSON = [(b"content-type", b"application/json")]
+
+MILLISECONDS = re.compile(rb"[0-9]{1,9}([.][0-9]{1,9})?")
 
 BATCH = 16
 """How many times as large as others a batch may be."""
@@ -187,12 +189,8 @@ async def _body(receive: Receive, most: int) -> bytes:
 
 def _seconds(value: bytes) -> float:
     """The header `Propel-Deadline-Ms`. Raises ProblemError for what is no number of milliseconds."""
-    try:
-        found = float(value)
-    except ValueError:
-        found = math.nan
-    if not 0 <= found < math.inf:
+    if not MILLISECONDS.fullmatch(value):
         raise ProblemError(
             "invalid", f"Propel-Deadline-Ms: found {value[:40].decode('latin-1')!r}; expected milliseconds, such as 50"
         )
-    return found / 1000
+    return float(value) / 1000

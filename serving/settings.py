@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from bandits.decision_point import DecisionPoint, read_decision_point
+from bandits.decision_point import DecisionPoint, read_decision_points
 from bandits.events import Id, check_id
 from bandits.toml import read_toml
 from ope.data import InputError
@@ -97,10 +97,7 @@ def read_settings(path: Path) -> Settings:
     """Settings and decision points. Raises InputError that names file and key."""
     file, folder = read_toml(path, File), path.resolve().parent
     check_id("tenant", file.tenant)
-    points = tuple(read_decision_point(folder / name) for name in file.decision_points)
-    names = [point.name for point in points]
-    if len(set(names)) != len(names):
-        raise InputError(f"{path}: decision_points: found two of one name among {names}; expected distinct names")
+    points = read_decision_points(path, file.decision_points)
     for point in points:
         if "/" in point.name:
             raise InputError(f"{path}: decision point {point.name!r}: found a slash; expected a name that fits into an address")

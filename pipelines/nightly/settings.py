@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
-from bandits.decision_point import DecisionPoint, read_decision_point
+from bandits.decision_point import DecisionPoint, read_decision_points
 from bandits.events import Id, check_id
 from bandits.toml import read_toml
 from ope.data import InputError
@@ -198,9 +197,7 @@ def day_start_ns(day: dt.date) -> int:
 def read_settings(path: Path) -> Settings:
     """Settings from a TOML file and the decision points that it names. Raises InputError that names file and key."""
     file = read_toml(path, File)
-    folder = path.resolve().parent
-    points = tuple(read_decision_point(folder / name) for name in file.decision_points)
-    _check_distinct([point.name for point in points], path)
+    points = read_decision_points(path, file.decision_points)
     for point in points:
         known = {feature.name for feature in point.features.context}
         for name in file.evaluate.segments:
@@ -208,7 +205,7 @@ def read_settings(path: Path) -> Settings:
                 raise InputError(
                     f"{path}: evaluate.segments: found {name!r}; expected context features of {point.name}: {sorted(known)}"
                 )
-    return Settings(file, points, folder)
+    return Settings(file, points, path.resolve().parent)
 
 
 def _estimator(key: str, name: str) -> Estimator:
@@ -216,8 +213,3 @@ def _estimator(key: str, name: str) -> Estimator:
         return estimator(name)
     except InputError as error:
         raise ValueError(f"{key}: {error}") from None
-
-
-def _check_distinct(names: Sequence[str], path: Path) -> None:
-    if len(set(names)) != len(names):
-        raise InputError(f"{path}: decision_points: found {sorted(names)}; expected distinct names")

@@ -330,9 +330,9 @@ def test_a_deadline_that_has_passed_decides_nothing(server: Server) -> None:
     for method, path, body, _ in ROUTES_AND_SCOPES[:5]:
         problem(server.ask(method, path, body, headers={"Propel-Deadline-Ms": "0"}), "deadline-passed", "nothing was decided")
     assert len(server.stored()) == before
-    for given in ("10000", "1e4", "2500.5"):
+    for given in ("10000", "2500.5"):
         assert server.decide(headers={"Propel-Deadline-Ms": given}).status == 200
-    for given in ("soon", "-1", "nan", "inf", "", "1e999", "5 ms"):
+    for given in ("soon", "-1", "nan", "inf", "", "1e4", "1_0", "5 ms"):
         problem(server.decide(headers={"Propel-Deadline-Ms": given}), "invalid", f"Propel-Deadline-Ms: found '{given}'; expected")
 
 

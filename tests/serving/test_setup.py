@@ -156,7 +156,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a misspelt table": (_settings("[serve]", "[server]"), "unknown key 'server'; did you mean 'serve'?"),
     "no workers": (_settings("workers = 1", "workers = 0"), "serve.workers"),
     "a slash in a name": (_point('"ad-load"', '"ad/load"'), "decision point 'ad/load': found a slash"),
-    "two of one name": (_settings('["ad-load.toml"]', '["ad-load.toml", "ad-load.toml"]'), "found two of one name"),
+    "two of one name": (_settings('["ad-load.toml"]', '["ad-load.toml", "ad-load.toml"]'), "expected distinct names"),
     "no decision point": (lambda config: (config.parent / "ad-load.toml").unlink(), "ad-load.toml: No such file"),
     "an unprintable tenant": (_settings('tenant = "default"', 'tenant = "a\\nb"'), "tenant: found 'a\\nb'"),
     "no TOML": (lambda config: config.write_text("tenant ="), "found text that is not TOML"),
