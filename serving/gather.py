@@ -37,7 +37,7 @@ class GroupLog(DecisionLog, Protocol):
         ...
 
     def submit_all(self, entries: list[tuple[Entry, Done]]) -> None:
-        """Queue entries that share a transaction."""
+        """Queue entries that share a transaction; they are told in their order."""
         ...
 
 

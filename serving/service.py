@@ -16,7 +16,6 @@ from msgspec import UNSET
 from bandits.decision_point import RewardRule
 from bandits.events import Decision, Reward, Shown, check_id, digest
 from bandits.log.port import (
-    Done,
     Entry,
     Kind,
     LogFailedError,
@@ -110,33 +109,22 @@ class Service:
 
     async def decide_all(self, many: Sequence[Asked], tenant: str, served: Served) -> list[bytes]:
         """The answer, or the problem, of each request of a batch."""
-        loop = asyncio.get_running_loop()
-        found: list[asyncio.Future[Outcome] | ProblemError] = []
-        entries: list[tuple[Entry, Done]] = []
+        found: list[Entry | ProblemError] = []
         async with self._turn:  # batches take turns, some decisions at a time, so that others are not kept waiting
             for start in range(0, len(many), CHUNK):
                 some = many[start : start + CHUNK]
                 for asked, made in zip(some, decide_all(some, tenant, served, self.decider), strict=True):
-                    if isinstance(made, InputError):
-                        found.append(ProblemError("invalid", str(made)))
-                        continue
-                    told = loop.create_future()
-                    entries.append((self._entry(asked, made), partial(_resolve, told)))
-                    found.append(told)
+                    found.append(ProblemError("invalid", str(made)) if isinstance(made, InputError) else self._entry(asked, made))
                 await asyncio.sleep(0)
-        if entries:
-            self.log.submit_all(entries)
-        answers, problems = [], []
+        outcomes = iter(await self._stored([one for one in found if isinstance(one, Entry)]))
+        answers = []
         for one in found:
             try:
                 if isinstance(one, ProblemError):
                     raise one
-                answers.append(self._decided(await one, served))
+                answers.append(self._decided(next(outcomes), served))
             except ProblemError as problem:
                 answers.append(problem.encoded())
-                problems.append(problem)
-        if len(problems) == len(answers) and {problem.status for problem in problems} == {503}:
-            raise problems[0]  # nothing could be stored: all of it may be sent again
         return answers
 
     def _entry(self, asked: Asked, made: Decision) -> Entry:
@@ -241,11 +229,22 @@ class Service:
         return Accepted(decision_id=decision_id, state=state)
 
     async def _stored(self, entries: Sequence[Entry]) -> list[Outcome]:
-        loop = asyncio.get_running_loop()
-        told = [loop.create_future() for _ in entries]
-        if entries:
-            self.log.submit_all([(entry, partial(_resolve, one)) for entry, one in zip(entries, told, strict=True)])
-        return list(await asyncio.gather(*told))
+        """What became of entries that share a transaction. Raises ProblemError where none of them could be stored."""
+        if not entries:
+            return []
+        told, outcomes = asyncio.get_running_loop().create_future(), list[Outcome]()
+
+        def tell(outcome: Outcome | Exception) -> None:
+            if isinstance(outcome, Exception):
+                _resolve(told, outcome)
+                return
+            outcomes.append(outcome)
+            if len(outcomes) == len(entries):
+                _resolve(told, outcome)
+
+        self.log.submit_all([(entry, tell) for entry in entries])
+        await told
+        return outcomes
 
     def look_up(self, decision_id: str, tenant: str) -> Logged:
         """A decision as it is stored. Raises ProblemError where there is none."""

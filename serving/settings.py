@@ -41,9 +41,9 @@ class Serve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file of the log is sealed at this size or age."""
     most_body_kilobytes: Count = 256
     """Larger bodies are refused; those of batches may be 16 times as large."""
-    most_waiting: Count = 2048
+    most_waiting: Count = 8192
     """Entries that wait for the disk, beyond which requests are refused."""
-    most_waiting_megabytes: Count = 8
+    most_waiting_megabytes: Count = 32
     longest_wait_seconds: Positive = 1.0
     """Requests that would wait longer for the disk are refused."""
     most_lag_milliseconds: Positive = 100.0
