@@ -52,8 +52,11 @@ LARGEST = 128
 COPIED_WAL = 4 << 20
 """Bytes of write-ahead log from which on it is copied into the file, beside the transactions that follow."""
 
+LONG_WAL = 32 << 20
+"""Bytes of write-ahead log from which on it is begun anew as soon as all of it is copied; before, that waits for a quiet moment."""
+
 MOST_WAL = 64 << 20
-"""Bytes of write-ahead log at which transactions wait until it is copied."""
+"""Bytes not copied yet at which transactions wait."""
 
 DAY_NS = 86_400 * 10**9
 
@@ -207,7 +210,7 @@ class SqliteLog:
             try:
                 taken = self._queue.get(timeout=1.0)
             except queue.Empty:
-                self._checkpoint()
+                self._checkpoint(quiet=True)
                 continue
             group: list[tuple[Entry, Done]] = []
             while taken is not None:
@@ -221,7 +224,7 @@ class SqliteLog:
             ending = taken is None
             if group:
                 self._settle(group)
-            self._checkpoint()
+            self._checkpoint(quiet=False)
         self._copier.close()
         self._copy_rest()
 
@@ -400,14 +403,16 @@ class SqliteLog:
                 outcomes.append(Outcome("conflict", b""))
         return outcomes
 
-    def _checkpoint(self) -> None:
-        """Have the write-ahead log copied into the file where it has grown enough: what is copied whole begins anew."""
+    def _checkpoint(self, *, quiet: bool) -> None:
+        """Have the write-ahead log copied into the file where it has grown enough; what is copied whole begins anew."""
         grown = (self._wal - self._copied) * PAGE
         if grown > MOST_WAL:
             self._copier.idle.wait()
-        if self._copier.idle.is_set() and (self._rest or grown > MOST_WAL):
+        if not self._copier.idle.is_set():
+            return
+        if grown > MOST_WAL or (self._rest and (quiet or self._wal * PAGE > LONG_WAL)):
             self._copy_rest()
-        elif self._copier.idle.is_set() and grown > COPIED_WAL:
+        elif grown > COPIED_WAL:
             self._copied, self._rest = self._wal, True
             self._copier.copy(self._path)
 

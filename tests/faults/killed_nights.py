@@ -10,16 +10,15 @@ from __future__ import annotations
 import datetime as dt
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 from pipelines.nightly.run import nightly
 from pipelines.nightly.settings import read_settings
+from tests.faults.harm import attached, most_calls
 
 CALLS = "write,fsync,rename"
 """What changes a disk, or makes a change last."""
@@ -42,16 +41,7 @@ def night(folder: Path, date: dt.date) -> int:
 def traced(child: int, call: str, when: int, log: Path) -> subprocess.Popen[str]:
     """strace on a child, ready to kill it, or to count its calls."""
     what = [f"--trace={CALLS}"] if call == "count" else [f"--trace={call}", f"--inject={call}:signal=SIGKILL:when={when}"]
-    process = subprocess.Popen(["strace", "-f", "-o", str(log), *what, "-p", str(child)], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    process.stderr.readline()  # "attached"
-    return process
-
-
-def most_calls(log: Path) -> dict[str, int]:
-    """Of each kind, those of the thread that made most of them."""
-    counts = Counter(re.findall(r"^(\d+)\s+(\w+)\(", log.read_text(), re.MULTILINE))
-    return {call: max((n for (_, made), n in counts.items() if made == call), default=0) for call in CALLS.split(",")}
+    return attached(child, what, log)
 
 
 def main() -> None:
@@ -66,7 +56,7 @@ def main() -> None:
             _, status = os.waitpid(child, 0)
             if tracer is not None:
                 tracer.communicate()
-            calls = most_calls(log) if call == "count" else {}
+            calls = most_calls(log, CALLS.split(",")) if call == "count" else {}
             sys.stdout.write(json.dumps({"status": os.waitstatus_to_exitcode(status), "calls": calls}) + "\n")
             sys.stdout.flush()
 

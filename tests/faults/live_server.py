@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from serving.setup import Made, initialise
+from tests.faults.harm import attached
 
 KILLS = int(os.environ.get("PROPEL_KILLS", "0"))
 """0 in `make test`; more where there is time for it."""
@@ -142,26 +143,13 @@ def traced(pid: int, inject: str, notes: Path = Path(os.devnull), on: Path | Non
 
     Each thread's calls are counted from here. `notes`: file for the calls, with seconds since 1970. `on`: the only file to count.
     """
-    command = [
-        "strace",
-        "-f",
-        "-ttt",
-        "-o",
-        str(notes),
-        f"--trace={inject.partition(':')[0]}",
-        f"--inject={inject}",
-        "-p",
-        str(pid),
-    ]
-    command += [] if on is None else ["-P", str(on)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
+    options = ["-ttt", f"--trace={inject.partition(':')[0]}", f"--inject={inject}", *([] if on is None else ["-P", str(on)])]
+    tracer = attached(pid, options, notes)
     try:
-        assert "attached" in process.stderr.readline()
-        yield process
+        yield tracer
     finally:
-        process.terminate()
-        process.communicate()
+        tracer.terminate()
+        tracer.communicate()
 
 
 def show(figures: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from pathlib import Path
 from bandits.events import digest
 from bandits.log.port import Entry, Kind, LogFailedError, Outcome, decision_key
 from bandits.log.sqlite import SqliteLog
+from tests.faults.harm import attached, most_calls
 
 CALLS = "pwrite64,fdatasync,fsync,ftruncate,unlink,rename"
 """What changes a disk, or makes a change last."""
@@ -114,17 +114,7 @@ def traced(child: int, call: str, path: str, when: str, log: Path) -> subprocess
         what = ["--trace=fdatasync,write", f"--inject=fdatasync:error=EIO:when={when}+"]
     if path != "-":
         what += [f"--trace-path={path}"]
-    process = subprocess.Popen(["strace", "-f", "-o", str(log), *what, "-p", str(child)], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    while "attached" not in process.stderr.readline():  # paths that were resolved are told first
-        pass
-    return process
-
-
-def most_calls(log: Path) -> dict[str, int]:
-    """Of each kind, those of the thread that made most of them."""
-    counts = Counter(re.findall(r"^(\d+)\s+(\w+)\(", log.read_text(), re.MULTILINE))
-    return {call: max((n for (_, made), n in counts.items() if made == call), default=0) for call in CALLS.split(",")}
+    return attached(child, what, log)
 
 
 def serve() -> None:
@@ -142,7 +132,7 @@ def serve() -> None:
                 tracer.communicate()
             found = {
                 "status": os.waitstatus_to_exitcode(status),
-                "calls": most_calls(log) if call == "count" else {},
+                "calls": most_calls(log, CALLS.split(",")) if call == "count" else {},
                 "trace": log.read_text() if call == "eio" else "",
             }
             sys.stdout.write(json.dumps(found) + "\n")

@@ -6,7 +6,6 @@ import itertools
 import os
 import queue
 import shutil
-import subprocess
 import threading
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ from bandits.log.files import log_files, reading, writing
 from bandits.log.port import Entry, LogUnavailableError, Outcome, decision_key
 from bandits.log.segments import find, gaps, records, segment
 from bandits.log.sqlite import SqliteLog
+from tests.faults import harm
 from tests.faults.log_writer import FAILED, Writers, entry_of, group_names, read_ledger, writers
 
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
@@ -178,12 +178,9 @@ def test_nothing_is_acknowledged_after_the_disk_did_not_confirm(serving: Writers
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 16 MB in memory."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(path)], check=True)
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)  # an error that is kept may keep a file open
+    """A disk of 16 MB."""
+    with harm.small_disk(tmp_path / "disk", 16) as folder:
+        yield folder
 
 
 def clean(folder: Path, acknowledged: dict[str, bytes]) -> bool:

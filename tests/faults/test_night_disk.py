@@ -13,6 +13,7 @@ import pytest
 from ope.data import InputError
 from pipelines.nightly.run import nightly
 from pipelines.nightly.settings import read_settings
+from tests.faults import harm
 from tests.nightly.small_nights import SECOND, before_the_second, check_readable, state
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small disk")
@@ -24,12 +25,9 @@ SHARES = (0.0, 0.2, 0.4, 0.6, 0.75, 0.9) if "PROPEL_KILLS" in os.environ else (0
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 64 MB in memory."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(path)], check=True)
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
+    """A disk of 64 MB."""
+    with harm.small_disk(tmp_path / "disk", 64) as folder:
+        yield folder
 
 
 def resize(disk: Path, free: int | None) -> None:

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 
 from bandits.log.files import log_files
 from bandits.log.segments import gaps
-from tests.faults import load_client
+from tests.faults import harm, load_client
 from tests.faults.audit import Attempt, attempts, audit, waits
 from tests.faults.live_server import KILLS, Live, load, log_of, make, resident, show, start, status_of, traced
 from tests.faults.test_server_killed import ask_again, driven, wait_for
@@ -29,12 +28,9 @@ LOG_FULL = "urn:propel:problem:log-full"
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 16 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    """A disk of 16 MB."""
+    with harm.small_disk(tmp_path / "disk", 16) as folder:
+        yield folder
 
 
 def fill(disk: Path, leave: int) -> Path:
