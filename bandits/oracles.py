@@ -194,7 +194,8 @@ def lightgbm_module() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "lightgbm":
             raise
-        raise InputError("found no module lightgbm, which BoostedTrees needs. Run `pip install 'propel[bandits]'`") from error
+        how = "Run `pip install -e '.[bandits]'` in a clone of Propel"
+        raise InputError(f"found no module lightgbm, which BoostedTrees needs. {how}") from error
     except OSError as error:
         if "libgomp" not in str(error):
             raise

@@ -20,7 +20,7 @@ def bad_input(extra: str = "jobs") -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        typer.echo(f"propel: {error.name} is not installed; run: pip install 'propel[{extra}]'", err=True)
+        typer.echo(f"propel: {error.name} is not installed; run: pip install -e '.[{extra}]' in a clone of Propel", err=True)
         raise typer.Exit(BAD_INPUT) from None
     except Exception as error:
         from ope.data import InputError

@@ -14,7 +14,6 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from bandits.durable import sync
 from bandits.events import Id
 from bandits.salts import check_secret
 from bandits.toml import read_toml
@@ -148,22 +147,3 @@ class Access:
         if len(self._seen) < MOST_SEEN:
             self._seen[header] = key
         return key
-
-
-def write_keys(path: Path, keys: Iterable[Key]) -> None:
-    """Replace the file of keys, durably."""
-    text = "# Keys of the service, hashed. Make and end them with `propel key`.\n" + "".join(
-        "\n[[key]]\n" + "".join(f"{name} = {msgspec.json.encode(value).decode()}\n" for name, value in _told(key)) for key in keys
-    )
-    new = path.with_suffix(".new")
-    with new.open("w") as file:
-        file.write(text)
-        file.flush()
-        sync(new)
-    new.chmod(0o600)
-    new.rename(path)
-    sync(path.parent)
-
-
-def _told(key: Key) -> list[tuple[str, object]]:
-    return [(name, value) for name in Key.__struct_fields__ if (value := getattr(key, name)) is not None]

@@ -14,6 +14,7 @@ from typing import Any
 import structlog
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from bandits.log.port import LogFailedError
 from bandits.log.sqlite import SqliteLog, tell
@@ -151,13 +152,16 @@ def _end(loop: asyncio.AbstractEventLoop, error: LogFailedError) -> None:
 async def _beat(service: Service, gathering: Gathering) -> None:
     """Measure how late the event loop is, and how busy."""
     loop = asyncio.get_running_loop()
-    before, worked = loop.time(), time.thread_time()
+    before, worked, full = loop.time(), time.thread_time(), False
     while True:
         await asyncio.sleep(HEARTBEAT)
         now, work = loop.time(), time.thread_time()
         late = max(0.0, now - before - HEARTBEAT)
         service.lag = late if late > service.lag else 0.7 * service.lag + 0.3 * late
         gathering.adapt((work - worked) / (now - before))
+        if gathering.full != full:
+            full = gathering.full
+            log.error("the disk is full" if full else "there is room on the disk again")
         before, worked = now, work
 
 
@@ -180,10 +184,12 @@ async def _leave(metrics: Metrics) -> None:
 
 
 def _add_plain_routes(app: FastAPI, service: Service) -> None:
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", summary="Whether the process runs")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", summary="Whether it can decide", responses={503: {"description": "It cannot now."}})
     async def readyz() -> Response:
         state = "log-failed" if service.log.failed is not None else "log-full" if service.log.full else "ok"
@@ -198,14 +204,17 @@ def _add_problems(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         if error.status_code == 405:
-            return _problem(ProblemError("method-not-allowed", f"found {request.method}; expected another method"), error)
+            there = [route for route in app.routes if route.matches(request.scope)[0] is Match.PARTIAL]
+            allowed = sorted({method for route in there for method in getattr(route, "methods", ())})
+            error.headers = {"Allow": ", ".join(allowed)}  # of all routes of this path, and not of the first alone
+            return _problem(ProblemError("method-not-allowed", f"found {request.method}; expected {' or '.join(allowed)}"), error)
         return _problem(
             ProblemError("not-found", f"found no route {request.url.path!r}; expected one that /openapi.json describes"), error
         )
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> Response:
-        log.error("fault", path=request.url.path, error=repr(error))
+        log.error("fault", path=request.url.path, error=repr(error)[:200])
         return _problem(ProblemError("internal", "found a fault of the service; its log says more"))
 
 

@@ -58,11 +58,13 @@ def add(
     tenant: Annotated[str | None, typer.Option(help="Tenant. Default: that of the settings.")] = None,
     expires: Annotated[str | None, typer.Option(help="Date, UTC, from which on it is not valid.", metavar="YYYY-MM-DD")] = None,
     config: Config = Path("propel.toml"),
+    as_json: AsJson = False,
 ) -> None:
-    """Make a key, and print it this once. A running service takes it within seconds."""
-    with bad_input("serve"):
-        import datetime as dt
+    """Make a key, and print it this once. A running service takes it within seconds.
 
+    Exit codes: 0 good, 2 bad input.
+    """
+    with bad_input("serve"):
         from ope.data import InputError
         from serving.access import SCOPES
         from serving.settings import read_settings
@@ -72,11 +74,29 @@ def add(
         wanted = tuple(scope for scope in SCOPES if scope in [part.strip() for part in scopes.split(",")])
         if len(wanted) != len(scopes.split(",")):
             raise InputError(f"found scopes {scopes!r}; expected some of {', '.join(SCOPES)}")
-        try:
-            day = None if expires is None else dt.date.fromisoformat(expires).isoformat()
-        except ValueError:
-            raise InputError(f"found --expires {expires!r}; expected a date such as 2027-01-31") from None
-        typer.echo(add_key(settings.data, tenant or settings.file.tenant, wanted, day))
+        whose, day = tenant or settings.file.tenant, None if expires is None else _day_to_come(expires)
+        key = add_key(settings.data, whose, wanted, day)
+    if as_json:
+        told = {"key": key, "prefix": key.split("_")[1], "tenant": whose, "scopes": wanted, "expires": day}
+        typer.echo(json.dumps(told, indent=2))
+        return
+    typer.echo(key)
+
+
+def _day_to_come(expires: str) -> str:
+    """A date as it is kept. Raises InputError for one on which a key would not be valid any more."""
+    import datetime as dt
+
+    from ope.data import InputError
+
+    today = dt.datetime.now(dt.UTC).date()
+    try:
+        day = dt.date.fromisoformat(expires)
+    except ValueError:
+        raise InputError(f"found --expires {expires!r}; expected a date such as {today.year + 1}-01-31") from None
+    if day <= today:
+        raise InputError(f"found --expires {day}, from which on the key is not valid; expected a date after today, {today} (UTC)")
+    return day.isoformat()
 
 
 @key_app.command("list")

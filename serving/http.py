@@ -7,13 +7,13 @@ import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 import structlog
 from starlette.routing import Route
 
-from serving.access import Access, Principal, Scope
+from serving.access import Access, Scope
 from serving.problems import ProblemError
 from serving.requests import asked, asked_many, decoded, refuse_repeated_keys
 from serving.service import Service
@@ -22,10 +22,19 @@ from serving.wire import RewardBatchRequest, RewardRequest, ShownRequest
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
-Path: TypeAlias = MutableMapping[str, str]
-"""What a route's path said."""
 
-Answer: TypeAlias = Callable[[Service, bytes, Path, Principal], Awaitable[bytes]]
+
+class Call(NamedTuple):
+    """What is known of a request beside its body."""
+
+    path: MutableMapping[str, str]
+    """What the route's path said."""
+    tenant: str
+    until: float | None
+    """When the answer is of no use any more, as `time.perf_counter` counts."""
+
+
+Answer: TypeAlias = Callable[[Service, bytes, Call], Awaitable[bytes]]
 """The bytes that answer a body. Raises ProblemError."""
 
 T = TypeVar("T")
@@ -75,15 +84,16 @@ class Hot:
                     deadline = _seconds(value)
             principal = self.access.principal(authorization, self.needs)
             raw = await _body(receive, self.most)
-            self.service.admit(deadline, time.perf_counter() - started)
-            body = await self.answer(self.service, raw, scope["path_params"], principal)
+            until = None if deadline is None else started + deadline
+            self.service.admit(until, self.needs)
+            body = await self.answer(self.service, raw, Call(scope["path_params"], principal.tenant, until))
             headers = JSON
         except ProblemError as problem:
             status, body, headers = problem.status, problem.encoded(), problem.headers()
         except Gone:
             return
         except Exception as error:  # our fault: it is said, and the next request is served
-            log.error("fault", route=self.route, error=repr(error))
+            log.error("fault", route=self.route, error=repr(error)[:200])
             fault = ProblemError("internal", "found a fault of the service; its log says more")
             status, body, headers = fault.status, fault.encoded(), fault.headers()
         length = (b"content-length", str(len(body)).encode())
@@ -92,38 +102,38 @@ class Hot:
         self.service.metrics.observe(self.route, status, time.perf_counter() - started)
 
 
-async def decisions(service: Service, raw: bytes, path: Path, principal: Principal) -> bytes:
+async def decisions(service: Service, raw: bytes, call: Call) -> bytes:
     """One decision."""
-    served = service.point(path["decision_point"])
-    return await service.decide(asked(raw, served.plain), principal.tenant, served)
+    served = service.point(call.path["decision_point"])
+    return await service.decide(asked(raw, served.plain), call.tenant, served)
 
 
-async def decision_batch(service: Service, raw: bytes, path: Path, principal: Principal) -> bytes:
+async def decision_batch(service: Service, raw: bytes, call: Call) -> bytes:
     """As many answers as requests, in their order; a problem where one could not be decided on."""
-    served = service.point(path["decision_point"])
-    answers = await service.decide_all(asked_many(raw, served.plain), principal.tenant, served)
+    served = service.point(call.path["decision_point"])
+    answers = await service.decide_all(asked_many(raw, served.plain), call.tenant, served, call.until)
     return b'{"decisions":[' + b",".join(answers) + b"]}"
 
 
-async def rewards(service: Service, raw: bytes, path: Path, principal: Principal) -> bytes:
+async def rewards(service: Service, raw: bytes, call: Call) -> bytes:
     """One reward."""
-    return encode(await service.reward(_whole(raw, REWARD), principal.tenant))
+    return encode(await service.reward(_whole(raw, REWARD), call.tenant))
 
 
-async def reward_batch(service: Service, raw: bytes, path: Path, principal: Principal) -> bytes:
+async def reward_batch(service: Service, raw: bytes, call: Call) -> bytes:
     """What became of each reward, in their order; a problem where one was not accepted."""
-    found = await service.rewards(_whole(raw, REWARDS).rewards, principal.tenant)
+    found = await service.rewards(_whole(raw, REWARDS).rewards, call.tenant)
     return encode({"rewards": [one.body if isinstance(one, ProblemError) else one for one in found]})
 
 
-async def shown(service: Service, raw: bytes, path: Path, principal: Principal) -> bytes:
+async def shown(service: Service, raw: bytes, call: Call) -> bytes:
     """What was shown of a decision."""
-    return encode(await service.shown(path["decision_id"], _whole(raw, SHOWN), principal.tenant))
+    return encode(await service.shown(call.path["decision_id"], _whole(raw, SHOWN), call.tenant))
 
 
-async def look_up(service: Service, raw: bytes, path: Path, principal: Principal) -> bytes:
+async def look_up(service: Service, raw: bytes, call: Call) -> bytes:
     """A decision as it is stored."""
-    return encode(await asyncio.to_thread(service.look_up, path["decision_id"], principal.tenant))
+    return encode(await asyncio.to_thread(service.look_up, call.path["decision_id"], call.tenant))
 
 
 ROUTES: tuple[tuple[str, str, Answer, Scope, int], ...] = (

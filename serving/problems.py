@@ -12,7 +12,7 @@ from serving.wire import Problem
 MEDIA_TYPE = b"application/problem+json"
 
 PROBLEMS: Mapping[str, tuple[int, str]] = {
-    "malformed": (400, "The body is not the JSON that this route takes"),
+    "malformed": (400, "The request is no HTTP, or its body not the JSON that this route takes"),
     "unauthorized": (401, "No key, or one that is not known or not valid any more"),
     "forbidden": (403, "The key lacks the scope of this route"),
     "wrong-token": (403, "The token is not that of the decision"),
@@ -24,6 +24,7 @@ PROBLEMS: Mapping[str, tuple[int, str]] = {
     "expired": (409, "The id was used longer ago than repeats are answered"),
     "too-large": (413, "The body is larger than this service reads"),
     "invalid": (422, "The request cannot be decided on, or the event cannot be taken, as it stands"),
+    "head-too-large": (431, "The headers are larger than this service reads"),
     "internal": (500, "The service has a fault"),
     "deadline-passed": (503, "The answer would come after the deadline"),
     "overloaded": (503, "More is waiting than can be answered in time"),

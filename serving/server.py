@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import resource
 import signal
 import socket
 import sys
+import traceback
+from importlib import import_module
 from typing import Any
 
 import structlog
 import uvicorn
 
-from ope.data import InputError
 from serving.app import create_app
+from serving.protocol import MOST_CONNECTIONS, Connection, Server
 from serving.settings import Settings
 from serving.workers import END, Workers
 
+log = structlog.get_logger()
+
 PORT_TAKEN = 1
 """Exit status."""
+
+MOST_SAID = 200
+"""Letters of an exception that are logged where a library logs it."""
+
+OTHER_FILES = 512
+"""Descriptors that are not of connections: the log's files, those of policies and keys."""
 
 
 class _Lines:
@@ -32,8 +44,30 @@ class _Lines:
     log = debug = info = warning = warn = error = critical = fatal = exception = msg
 
 
+class _Events(logging.Handler):
+    """Takes what libraries log, and makes an event of it: an exception, too, is a part of its line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Tell structlog."""
+        told = {"logger": record.name}
+        if record.exc_info and record.exc_info[1] is not None:
+            told["error"] = repr(record.exc_info[1])[:MOST_SAID]  # that of a UnicodeError holds all the text that was at fault
+            for frame, line in traceback.walk_tb(record.exc_info[2]):
+                told["at"] = f"{frame.f_code.co_filename}:{line}"  # in the end the innermost
+        (log.error if record.levelno >= logging.ERROR else log.warning)(_message(record).strip(), **told)
+
+
+def _message(record: logging.LogRecord) -> str:
+    try:
+        return record.getMessage()
+    except (TypeError, ValueError, KeyError):  # its values do not fit it: it is told without them
+        return str(record.msg)
+
+
 def configure_logging() -> None:
-    """One line of JSON per event. Bodies of requests are never among them."""
+    """One line of JSON per event, those of libraries among them from warnings on. Bodies of requests are never among them."""
+    logging.basicConfig(handlers=[_Events()], level=logging.WARNING, force=True)
+    logging.captureWarnings(True)
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -46,13 +80,14 @@ def configure_logging() -> None:
 
 
 def run(settings: Settings) -> int:
-    """Serve until told to end; the exit status. Raises InputError for what would not start."""
+    """Serve until told to end; the exit status. Raises InputError, or ModuleNotFoundError, for what would not start."""
     options: dict[str, Any] = {
-        "loop": _installed("uvloop"), "http": _installed("httptools"), "access_log": False, "log_config": None,
+        "loop": import_module("uvloop").__name__, "http": Connection, "ws": "none", "access_log": False, "log_config": None,
         "server_header": False, "proxy_headers": False, "timeout_keep_alive": 75,
         "timeout_graceful_shutdown": settings.serve.drain_seconds, "lifespan": "on",
     }  # fmt: skip
     configure_logging()
+    _allow_files()
     config, serve = uvicorn.Config(create_app(settings), **options), settings.serve
     try:
         listening = _listen(serve.host, serve.port)
@@ -68,6 +103,16 @@ def run(settings: Settings) -> int:
     return Workers(lambda: _serve(config, _listen(serve.host, port, reuse_port=True)), serve.workers, serve.drain_seconds).run()
 
 
+def _allow_files() -> None:
+    """As many descriptors as all connections and the log's files need at once, or as many as the system lets us have."""
+    wanted, (least, most) = MOST_CONNECTIONS + OTHER_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)
+    given = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+    if least != resource.RLIM_INFINITY and least < given:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (given, most))
+    if given < wanted:
+        log.warning("few files", found=given, expected=wanted, do="raise the limit of open files (ulimit -Hn)")
+
+
 def _listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
     """A socket that listens. Raises OSError where it cannot."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -76,18 +121,9 @@ def _listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
 
 def _serve(config: uvicorn.Config, listening: socket.socket) -> int:
     """Serve in this process."""
-    # uvicorn drains at these signals, and raises them once more afterwards: the end that was asked for is no failure
+    server = Server(config)
+    # uvicorn takes these signals once it runs, and raises them again afterwards: an end that was asked for, also before, is no failure
     for asked_to_end in END:
-        signal.signal(asked_to_end, lambda number, frame: None)
-    server = uvicorn.Server(config)
+        signal.signal(asked_to_end, server.handle_exit)
     server.run(sockets=[listening])
     return 0 if server.started else 1
-
-
-def _installed(name: str) -> str:
-    """A package that the service must not go without: uvicorn would take a slower one in silence."""
-    try:
-        __import__(name)
-    except ImportError:
-        raise InputError(f"found no {name}; expected it: pip install 'propel[serve]'") from None
-    return name

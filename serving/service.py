@@ -27,7 +27,7 @@ from bandits.log.port import (
 )
 from bandits.sampling import TOTAL, Salt
 from ope.data import InputError
-from serving.access import Secret
+from serving.access import Scope, Secret
 from serving.decide import Decider, Served, answer, decide, decide_all
 from serving.gather import Gathering
 from serving.metrics import Metrics
@@ -37,6 +37,15 @@ from serving.settings import Serve
 from serving.wire import Accepted, ActionOfRecord, Logged, RewardRequest, ShownRequest
 
 encode = msgspec.json.Encoder().encode
+
+DAMAGED = "found a damaged record of this event; expected a whole one: not kept, and whether it is the same cannot be told"
+
+LOG_FULL = "found no room in the log, or no turn to write; expected some: nothing was stored, try again later"
+
+LOG_FAILED = "found a write that the disk did not confirm; expected one that it does: nothing is acknowledged until a new start"
+
+RESERVED = 0.1
+"""Share of every limit that only rewards and shown events may use."""
 
 CHUNK = 25
 """Decisions of a batch that are made without looking at anything else."""
@@ -56,6 +65,8 @@ class Service:
     lag: float = 0.0
     """Seconds by which the event loop comes late."""
     decider: Decider = field(init=False)
+    _batched: int = field(init=False, default=0)
+    """Decisions of batches that are not with the log yet."""
     _turn: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
     rules: Mapping[str, Sequence[RewardRule]] = field(init=False)
     """Rewards by name, of whichever decision points have one."""
@@ -75,27 +86,42 @@ class Service:
             raise ProblemError("unknown-decision-point", f"found {name!r}; expected one of {', '.join(sorted(self.served))}")
         return found
 
-    def admit(self, deadline_seconds: float | None, spent: float) -> None:
-        """Raise ProblemError where an answer could not be given in time: before anything is sampled."""
-        log = self.log
+    def admit(self, until: float | None, needs: Scope) -> None:
+        """Raise ProblemError where an answer could not be given in time: before anything is sampled.
+
+        `until`: when the answer is of no use any more, as `time.perf_counter` counts. What only reads waits for nothing. Events
+        keep a share of all limits for themselves: a decision that is refused costs a default, a reward that is refused is lost.
+        """
+        if needs == "read":
+            return
+        log, limits = self.log, self.limits
         if log.failed is not None:
-            raise ProblemError("log-failed", str(log.failed))
+            raise ProblemError("log-failed", LOG_FAILED)
+        self._in_time(until)
         entries, size = log.waiting
-        wait = log.expected_wait
-        if deadline_seconds is not None and spent + self.lag + wait > deadline_seconds:
+        share = 1.0 if needs == "reward" else 1.0 - RESERVED
+        for found, most, what in (
+            (entries + self._batched, limits.most_waiting, "entries waiting"),
+            (size, limits.most_waiting_megabytes << 20, "bytes waiting"),
+            (log.expected_wait, limits.longest_wait_seconds, "seconds until the disk could confirm"),
+            (self.lag * 1000, limits.most_lag_milliseconds, "milliseconds by which the service is behind"),
+        ):
+            if found >= share * most:
+                raise ProblemError(
+                    "overloaded", f"found {found:.6g} {what}; expected less than {share * most:g}: try again later", retry_after=1
+                )
+
+    def _in_time(self, until: float | None) -> None:
+        """Raise ProblemError where the disk could not confirm in time."""
+        if until is None:
+            return
+        left, wait = until - time.perf_counter(), self.lag + self.log.expected_wait
+        if wait > left:
             raise ProblemError(
                 "deadline-passed",
-                f"found {deadline_seconds * 1000:g} ms to answer in; expected at least {(spent + self.lag + wait) * 1000:.0f}: "
+                f"found {max(0.0, left) * 1000:.0f} ms left; expected at least {wait * 1000:.0f} until the disk could confirm: "
                 "nothing was decided",
             )
-        limits = self.limits
-        if (
-            entries >= limits.most_waiting
-            or size >= limits.most_waiting_megabytes << 20
-            or wait > limits.longest_wait_seconds
-            or self.lag * 1000 > limits.most_lag_milliseconds
-        ):
-            raise ProblemError("overloaded", f"found {entries} entries waiting; expected fewer: try again later", retry_after=1)
 
     async def decide(self, asked: Asked, tenant: str, served: Served) -> bytes:
         """The answer to a request, durable. Raises ProblemError."""
@@ -107,15 +133,21 @@ class Service:
         self.log.submit(self._entry(asked, made), partial(_resolve, told))
         return self._decided(await told, served)
 
-    async def decide_all(self, many: Sequence[Asked], tenant: str, served: Served) -> list[bytes]:
-        """The answer, or the problem, of each request of a batch."""
+    async def decide_all(self, many: Sequence[Asked], tenant: str, served: Served, until: float | None = None) -> list[bytes]:
+        """The answer, or the problem, of each request of a batch. Raises ProblemError where none was stored."""
         found: list[Entry | ProblemError] = []
-        async with self._turn:  # batches take turns, some decisions at a time, so that others are not kept waiting
-            for start in range(0, len(many), CHUNK):
-                some = many[start : start + CHUNK]
-                for asked, made in zip(some, decide_all(some, tenant, served, self.decider), strict=True):
-                    found.append(ProblemError("invalid", str(made)) if isinstance(made, InputError) else self._entry(asked, made))
-                await asyncio.sleep(0)
+        self._batched += len(many)
+        try:
+            async with self._turn:  # batches take turns, some decisions at a time, so that others are not kept waiting
+                for start in range(0, len(many), CHUNK):
+                    self._in_time(until)
+                    some = many[start : start + CHUNK]
+                    for asked, made in zip(some, decide_all(some, tenant, served, self.decider), strict=True):
+                        found.append(self._entry(asked, made) if isinstance(made, Decision) else ProblemError("invalid", str(made)))
+                    await asyncio.sleep(0)
+                self._in_time(until)  # nothing of it is stored yet
+        finally:
+            self._batched -= len(many)
         outcomes = iter(await self._stored([one for one in found if isinstance(one, Entry)]))
         answers = []
         for one in found:
@@ -181,7 +213,9 @@ class Service:
                         "wrong-token", "found a token of another decision; expected that of its answer: kept, not learned from"
                     )
                 )
-            elif state in ("conflict", "expired"):
+            elif state == "expired":
+                answers.append(ProblemError("expired", DAMAGED))
+            elif state == "conflict":
                 answers.append(
                     ProblemError(
                         "conflict", "found another value under this event_id; kept: the decision point's rule says which counts"
@@ -224,7 +258,9 @@ class Service:
         entry = Entry(Kind.SHOWN, shown_key(tenant, decision_id), digest(encode(request.action)), encode(made), kept=True)
         ((state, _),) = await self._stored([entry])
         self.metrics.events["shown", state] += 1
-        if state in ("conflict", "expired"):
+        if state == "expired":
+            raise ProblemError("expired", DAMAGED)
+        if state == "conflict":
             raise ProblemError("conflict", "found another action shown before; kept: the certificate counts both")
         return Accepted(decision_id=decision_id, state=state)
 
@@ -275,9 +311,9 @@ def _resolve(told: asyncio.Future[Outcome], outcome: Outcome | Exception) -> Non
     if told.done():
         return
     if isinstance(outcome, LogFailedError):
-        told.set_exception(ProblemError("log-failed", str(outcome)))
+        told.set_exception(ProblemError("log-failed", LOG_FAILED))
     elif isinstance(outcome, LogUnavailableError):
-        told.set_exception(ProblemError("log-full", str(outcome), retry_after=1))
+        told.set_exception(ProblemError("log-full", LOG_FULL, retry_after=1))
     elif isinstance(outcome, Exception):
         told.set_exception(outcome)
     else:

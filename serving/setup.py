@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
+from bandits.durable import locked, sync
 from bandits.events import check_id
 from bandits.salts import write_first_salt, write_secret
+from bandits.toml import read_toml
 from ope.data import InputError
-from serving.access import SCOPES, Key, KeyFile, Scope, Secret, write_keys
+from serving.access import SCOPES, Key, KeyFile, Scope, Secret
 
 TENANT = "default"
+
+LOCK = "keys.lock"
+"""Held by whoever changes the keys, from reading to writing them."""
 
 SETTINGS = """\
 # Settings of Propel: `propel serve` and `propel nightly` both read this file. Every key that is not here has a default:
@@ -75,11 +83,15 @@ class Made:
 
 
 def initialise(folder: Path, port: int = 8080) -> Made:
-    """Write a folder of settings and secrets. Raises InputError where there is one already."""
+    """Write a folder of settings and secrets. Raises InputError where there is one already, or none can be made."""
     config, data = folder / "propel.toml", folder / "data"
-    if config.exists() or data.exists():
-        raise InputError(f"{folder}: found settings or data already; expected a new folder: name another, or use what is there")
-    data.mkdir(parents=True, mode=0o700)
+    try:
+        if config.exists() or data.exists():
+            raise InputError(f"{folder}: found settings or data already; expected a new folder: name another, or use what is there")
+        data.mkdir(parents=True, mode=0o700)
+    except OSError as error:
+        found = "a file in its place" if isinstance(error, NotADirectoryError) else f"no place for it ({error.strerror})"
+        raise InputError(f"{folder}: found {found}; expected room for a new folder: name another") from None
     (folder / "ad-load.toml").write_text(POINT)
     write_secret(data / "secret.key", secrets.token_bytes(32))
     write_first_salt(data / "salts.toml")
@@ -92,23 +104,40 @@ def add_key(data: Path, tenant: str, scopes: tuple[Scope, ...], expires: str | N
     """Make a key; its text, which is kept nowhere. Raises InputError where the secret cannot be read."""
     check_id("tenant", tenant)
     text, key = Secret.read(data / "secret.key").new_key(tenant, scopes, expires)
-    write_keys(data / "keys.toml", (*keys_of(data), key))
+    with locked(data / LOCK):
+        _write_keys(data, (*keys_of(data), key))
     return text
 
 
 def keys_of(data: Path) -> tuple[Key, ...]:
     """The keys that are kept."""
-    from bandits.toml import read_toml
-
     path = data / "keys.toml"
     return read_toml(path, KeyFile).key if path.exists() else ()
 
 
 def remove_key(data: Path, prefix: str) -> Key:
     """End a key. Raises InputError where none, or several, begin so."""
-    keys = keys_of(data)
-    found = [key for key in keys if key.prefix.startswith(prefix)]
-    if len(found) != 1 or not prefix:
-        raise InputError(f"found {len(found)} keys that begin with {prefix!r}; expected one: see `propel key list`")
-    write_keys(data / "keys.toml", [key for key in keys if key is not found[0]])
+    with locked(data / LOCK):
+        keys = keys_of(data)
+        found = [key for key in keys if key.prefix.startswith(prefix)]
+        if len(found) != 1 or not prefix:
+            raise InputError(f"found {len(found)} keys that begin with {prefix!r}; expected one: see `propel key list`")
+        _write_keys(data, [key for key in keys if key is not found[0]])
     return found[0]
+
+
+def _write_keys(data: Path, keys: Iterable[Key]) -> None:
+    """Replace the keys that are kept, durably. For whoever holds the lock."""
+    path = data / "keys.toml"
+    new = path.with_suffix(".new")
+    new.unlink(missing_ok=True)  # of one that was killed
+    text = "# Keys of the service, hashed. Make and end them with `propel key`.\n" + "".join(map(_told, keys))
+    write_secret(new, text.encode())
+    new.rename(path)
+    sync(data)
+
+
+def _told(key: Key) -> str:
+    """A key as TOML."""
+    found = {name: value for name, value in msgspec.structs.asdict(key).items() if value is not None}
+    return "\n[[key]]\n" + "".join(f"{name} = {msgspec.json.encode(value).decode()}\n" for name, value in found.items())

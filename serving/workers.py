@@ -1,4 +1,5 @@
-"""Several processes that serve one socket: forked once all is loaded, started anew where one dies, ended together."""
+"""Several processes that serve one address, each with a socket of its own: forked once all is loaded, started anew where one dies,
+ended together."""
 
 from __future__ import annotations
 
@@ -51,14 +52,18 @@ class Workers:
                 os.kill(process, signal.SIGTERM)
 
     def _start(self) -> None:
-        parent, process = os.getpid(), os.fork()
+        parent = os.getpid()
+        signal.pthread_sigmask(signal.SIG_BLOCK, END)  # until whoever gets one knows what to do with it
+        process = os.fork()
         if process:
             self._running.add(process)
-            if self._ending:  # it was asked for while this one was on its way
-                os.kill(process, signal.SIGTERM)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, END)
             return
         status = 1
         try:
+            for asked in END:
+                signal.signal(asked, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, END)
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # nobody is left behind where the parent is killed
             if os.getppid() == parent:
                 status = self.work()
@@ -82,7 +87,7 @@ class Workers:
             process, status = os.waitpid(-1, os.WNOHANG)
             if process:
                 self._running.discard(process)
-                well = well and status == 0
+                well = well and os.waitstatus_to_exitcode(status) in (0, -signal.SIGTERM)  # the latter before it served
             elif time.monotonic() > until:
                 for left in self._running:
                     os.kill(left, signal.SIGKILL)

@@ -19,7 +19,7 @@ CREATE TABLE keys (
     key BLOB PRIMARY KEY, content BLOB NOT NULL, answer BLOB NOT NULL, file INTEGER NOT NULL, row INTEGER NOT NULL,
     at_ns INTEGER NOT NULL, checksum BLOB NOT NULL
 ) STRICT, WITHOUT ROWID;
-CREATE INDEX remembered ON keys (at_ns) WHERE content != x'';
+CREATE INDEX remembered ON keys (at_ns) WHERE content != x'' AND key < x'65';
 CREATE TABLE files (file INTEGER PRIMARY KEY) STRICT;
 PRAGMA user_version = 1;
 """
@@ -128,12 +128,12 @@ def index(keys: apsw.Connection, path: Path, clock: Callable[[], int], wanted: C
 
 
 def forget(keys: apsw.Connection, before_ns: int) -> int:
-    """Drop what was asked and answered before a time; the keys stay known. How many there were."""
+    """Drop what decisions were asked and answered before a time; their keys stay known. How many there were."""
     dropped = 0
     while True:
         keys.execute(
             "UPDATE keys SET content = x'', answer = x'' WHERE key IN "
-            "(SELECT key FROM keys WHERE at_ns < ? AND content != x'' LIMIT ?)",
+            "(SELECT key FROM keys WHERE at_ns < ? AND content != x'' AND key < x'65' LIMIT ?)",  # 64: decisions
             (before_ns, CHUNK),
         )
         if (changed := keys.changes()) == 0:

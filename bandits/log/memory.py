@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from bandits.log.port import Done, Entry, Outcome, Stored, beside
+from bandits.log.port import Done, Entry, Outcome, Stored, beside, is_forgotten
 
 DAY_NS = 86_400 * 10**9
 
@@ -50,7 +50,7 @@ class MemoryLog:
             self.entries.append(Stored("memory", len(self.entries) + 1, *entry[:5]))
             return Outcome("stored", entry.answer)
         row, stored_ns = found
-        if self.clock() - stored_ns > self.window_ns:
+        if is_forgotten(entry.key) and self.clock() - stored_ns > self.window_ns:
             return Outcome("expired", b"")
         if self.entries[row].content == entry.content:
             return Outcome("repeated", self.entries[row].answer)

@@ -46,7 +46,7 @@ class Older:
         for start in range(0, len(wanted), CHUNK):
             some = wanted[start : start + CHUNK]
             found |= {key: known.asked for key, known in look_up(self._keys, some).items()}
-            for path in self._files:
+            for path in list(self._files):
                 found |= self._in_file(path, some)
         return found
 
@@ -64,6 +64,11 @@ class Older:
                 marks = ",".join("?" * len(some))
                 rows: list[Any] = connection.execute(f"{ENTRY} IN ({marks})", tuple(some)).fetchall()
                 return {row[1]: checked(*row) for row in rows}
+            except apsw.CantOpenError:
+                if path.exists():
+                    raise
+                self.drop(path)  # whoever deleted it knew what for
+                return {}
             except (apsw.CorruptError, apsw.NotADBError, apsw.SQLError, UnicodeDecodeError):
                 known = self._salvaged[path] = {}
                 with suppress(DamagedError):

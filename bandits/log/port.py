@@ -113,6 +113,12 @@ def decision_key(tenant: str, decision_id: str) -> bytes:
     return f"d\0{tenant}\0{decision_id}".encode()
 
 
+def is_forgotten(key: bytes) -> bool:
+    """Whether what was asked and answered under a key is forgotten after the retry window: for decisions alone, since rewards and
+    shown events have no answer, and a repeat of them may come whenever."""
+    return key.startswith(b"d\0")
+
+
 def reward_key(tenant: str, decision_id: str, name: str, event_id: str) -> bytes:
     """Key of a reward."""
     return f"r\0{tenant}\0{decision_id}\0{name}\0{event_id}".encode()

@@ -1,8 +1,8 @@
 """The decision log on SQLite: one committer thread, one transaction and one fsync for all that arrived meanwhile.
 
 While a group is being made durable the next one forms, so that an idle log answers after one fsync and a loaded one after two at
-most. Several processes write one file by turns. A file is sealed by its size or age and never written again; the keys of sealed
-files go into an index, off the way of whoever waits.
+most. Several processes write one file by turns. A file is sealed by its size or age and takes no entry any more; the keys of
+sealed files go into an index, off the way of whoever waits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import apsw
 
@@ -34,7 +34,8 @@ from bandits.log.files import (
     read_head,
     writing,
 )
-from bandits.log.keys import ENTRY, FORGOTTEN, Asked, checked, forget, index, open_keys
+from bandits.log.keeper import Keeper
+from bandits.log.keys import ENTRY, FORGOTTEN, Asked, checked
 from bandits.log.older import Older
 from bandits.log.port import Done, Entry, LogFailedError, LogUnavailableError, Outcome, Stored, beside, check_of
 from bandits.log.room import RESERVE, Room, means_full
@@ -42,6 +43,8 @@ from bandits.log.segments import find
 from ope.data import InputError
 
 Result: TypeAlias = tuple[Done, Outcome | Exception]
+
+T = TypeVar("T")
 
 MOST = 512
 """Entries in one transaction, about: a batch is not cut."""
@@ -54,6 +57,9 @@ COPIED_WAL = 4 << 20
 
 LONG_WAL = 32 << 20
 """Bytes of write-ahead log from which on it is begun anew as soon as all of it is copied; before, that waits for a quiet moment."""
+
+FORGETS = 0.25
+"""Seconds after which an idle log believes half of what it measured."""
 
 MOST_WAL = 64 << 20
 """Bytes not copied yet at which transactions wait."""
@@ -113,21 +119,18 @@ class SqliteLog:
         self._queue: queue.SimpleQueue[list[tuple[Entry, Done]] | None] = queue.SimpleQueue()
         self._sent, self._settled = [0, 0], [0, 0]  # entries and bytes; one thread writes each, so that no lock is needed
         self._seconds = 0.01  # of a commit, smoothed
+        self._settled_at = time.monotonic()
         self._turns = (folder / "writer.lock").open("a")
         self._last = 0  # the last row that a transaction stored; 0: none
         self._wal = self._copied = 0  # pages of the write-ahead log, and those of them that are in the file, or on the way there
         self._rest = False  # whether only what was written beside the copier is left to be copied
         self._indexed: queue.SimpleQueue[Path] = queue.SimpleQueue()
-        self._to_index: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
         self._closing = False
         self._begin(reserve)
-        for path in self._older.paths:
-            self._to_index.put(path)
         self._copier = Copier(connect, self._gave_up)
+        self._keeper = Keeper(folder, connect, clock, self.window_ns, self._indexed.put)
         self._committer = threading.Thread(target=self._run, name="log committer", daemon=True)
-        self._keeper = threading.Thread(target=self._keep_keys, name="log keeper", daemon=True)
         self._committer.start()
-        self._keeper.start()
 
     def _begin(self, reserve: int) -> None:
         """Open what there is, or the first file. Raises InputError where that cannot be done."""
@@ -184,9 +187,18 @@ class SqliteLog:
 
     @property
     def expected_wait(self) -> float:
-        """Seconds that an entry submitted now would wait: the commit under way, and those of the groups before it."""
+        """Seconds that an entry submitted now would wait: the commit under way, and those of the groups before it.
+
+        What was measured is believed less and less while nothing is: a slow commit must not keep the next one away.
+        """
         waiting = self._sent[0] - self._settled[0]
-        return self._seconds * (1 + (waiting > 0) + waiting // MOST)
+        if waiting:
+            return self._seconds * (2 + waiting // MOST)
+        return self._believed(time.monotonic())
+
+    def _believed(self, now: float) -> float:
+        """Seconds of a commit, as far as what was measured is still believed."""
+        return self._seconds * 0.5 ** (max(0.0, now - self._settled_at) / FORGETS)
 
     def close(self) -> None:
         """Settle what was submitted, write the file out, and end."""
@@ -194,9 +206,8 @@ class SqliteLog:
             return
         self._closing = True
         self._queue.put(None)
-        self._to_index.put(None)
         self._committer.join()
-        self._keeper.join()
+        self._keeper.close()
         self._live.close()
         self._older.close()
         os.close(self._head)
@@ -210,7 +221,7 @@ class SqliteLog:
             try:
                 taken = self._queue.get(timeout=1.0)
             except queue.Empty:
-                self._checkpoint(quiet=True)
+                self._tidy()
                 continue
             group: list[tuple[Entry, Done]] = []
             while taken is not None:
@@ -228,8 +239,17 @@ class SqliteLog:
         self._copier.close()
         self._copy_rest()
 
+    def _tidy(self) -> None:
+        """What is due although nobody writes: room is looked for, an old file is sealed, the write-ahead log begun anew."""
+        with contextlib.suppress(LogUnavailableError, LogFailedError):
+            self._room.check()
+            if self.failed is None and self._is_due():
+                self._in_turn(self._seal)
+        self._checkpoint(quiet=True)
+
     def _settle(self, group: list[tuple[Entry, Done]]) -> None:
         started = time.monotonic()
+        believed = self._believed(started)
         outcomes: Sequence[Outcome | Exception]
         try:
             outcomes = self._commit([entry for entry, _ in group])
@@ -237,7 +257,8 @@ class SqliteLog:
             outcomes = [error] * len(group)
         except Exception as error:
             outcomes = [self._gave_up(error)] * len(group)  # nobody waits forever
-        self._seconds += 0.1 * (time.monotonic() - started - self._seconds)
+        self._settled_at = time.monotonic()
+        self._seconds = 0.9 * believed + 0.1 * (self._settled_at - started)
         self.groups, self.last_group = self.groups + 1, len(group)
         size = sum(entry.size for entry, _ in group)
         self._added += size
@@ -252,14 +273,13 @@ class SqliteLog:
         self._room.check()
         while not self._indexed.empty():
             self._older.drop(self._indexed.get())
+        return self._in_turn(lambda: self._seal_and_store(entries))
+
+    def _in_turn(self, do: Callable[[], T]) -> T:
+        """Write while nobody else does. Raises LogUnavailableError or LogFailedError."""
         try:
             with self._turn():
-                self._seal_if_due()
-                self._last = 0
-                outcomes = self._stored(entries)
-                if self._last:
-                    with contextlib.suppress(OSError):  # a note only: the entries are durable. In this turn: it never goes back
-                        os.pwrite(self._head, self._last.to_bytes(8, "little"), 0)
+                return do()
         except apsw.BusyError as error:
             self._roll_back()
             raise LogUnavailableError(f"{self._path}: found {error}; expected a turn to write: end what holds it") from None
@@ -268,6 +288,15 @@ class SqliteLog:
             if means_full(error):
                 raise self._room.filled(error) from None
             raise self._gave_up(error) from None
+
+    def _seal_and_store(self, entries: list[Entry]) -> list[Outcome]:
+        if self._is_due():
+            self._seal()
+        self._last = 0
+        outcomes = self._stored(entries)
+        if self._last:
+            with contextlib.suppress(OSError):  # a note only: the entries are durable. In this turn: it never goes back
+                os.pwrite(self._head, self._last.to_bytes(8, "little"), 0)
         return outcomes
 
     @contextmanager
@@ -279,10 +308,12 @@ class SqliteLog:
         finally:
             fcntl.flock(self._turns, fcntl.LOCK_UN)
 
-    def _seal_if_due(self) -> None:
-        """Seal a file that is large or old enough, and go on to the next."""
-        if not (self.clock() - self._born > self.rotate_ns or self._is_large()):
-            return
+    def _is_due(self) -> bool:
+        """Whether the file is large or old enough to be sealed."""
+        return self.clock() - self._born > self.rotate_ns or self._is_large()
+
+    def _seal(self) -> None:
+        """Seal the file, unless it is empty, and go on to the next."""
         self._live.execute("BEGIN IMMEDIATE")
         last: Any = self._live.execute("SELECT max(row) FROM entries WHERE (SELECT sealed FROM log) = 0").get
         if last:  # not empty, and nobody else sealed it
@@ -304,12 +335,10 @@ class SqliteLog:
     def _advance(self) -> None:
         """Go on to the file after a sealed one."""
         sealed, live, head = self._path, self._live, self._head
-        live.execute("PRAGMA wal_checkpoint(PASSIVE)")  # the others would wait for whoever reads
         self._open(file_after(sealed, self.folder))  # where it raises, nothing has changed
-        live.close()
         os.close(head)
         self._older.add(sealed)
-        self._to_index.put(sealed)
+        self._keeper.keep(sealed, live)
 
     def _open(self, path: Path) -> None:
         head = os.open(head_file(path), os.O_RDWR | os.O_CREAT, 0o644)
@@ -404,7 +433,11 @@ class SqliteLog:
         return outcomes
 
     def _checkpoint(self, *, quiet: bool) -> None:
-        """Have the write-ahead log copied into the file where it has grown enough; what is copied whole begins anew."""
+        """Have the write-ahead log copied into the file, so that it may begin anew.
+
+        Where it has grown, the copier copies it beside the transactions that follow. What these wrote meanwhile, `_rest`, is little,
+        and is copied here while nobody writes: in a quiet moment, or once the log is long. SQLite then begins it anew.
+        """
         grown = (self._wal - self._copied) * PAGE
         if grown > MOST_WAL:
             self._copier.idle.wait()
@@ -443,25 +476,3 @@ class SqliteLog:
             self.failed = LogFailedError(f"{self._path}: found {error}; expected a confirmed write: nothing more is acknowledged")
             self.on_failure(self.failed)
         return self.failed
-
-    # The keeper's thread
-
-    def _keep_keys(self) -> None:
-        """Index sealed files, and forget what was answered before the retry window."""
-        keys: Any = open_keys(self.folder)
-        while True:
-            try:
-                path = self._to_index.get(timeout=600.0)
-            except queue.Empty:
-                path = self.folder
-            if path is None:
-                break
-            try:
-                if path != self.folder:
-                    index(keys, path, self.clock, lambda: not self._closing)
-                    if not self._closing:
-                        self._indexed.put(path)
-                forget(keys, self.clock() - self.window_ns)
-            except (apsw.Error, OSError):  # the next start tries again; until then sealed files are looked into themselves
-                continue
-        keys.close()

@@ -175,7 +175,7 @@ def test_importing_oracles_loads_no_lightgbm():
     ("fault", "message"),
     [
         (OSError("libgomp.so.1: cannot open shared object file"), r"found libgomp.so.1: cannot open.*apt-get install libgomp1"),
-        (ModuleNotFoundError("No module named 'lightgbm'", name="lightgbm"), r"pip install 'propel\[bandits\]'"),
+        (ModuleNotFoundError("No module named 'lightgbm'", name="lightgbm"), r"pip install -e '\.\[bandits\]'"),
     ],
 )
 def test_missing_libraries_are_named_with_their_remedy(monkeypatch, fault, message):

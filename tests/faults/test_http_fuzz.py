@@ -67,6 +67,8 @@ def test_answers_are_those_described(server: Server, method: str, path: str, mod
     )  # fmt: skip
     @given(case=operation.as_strategy(mode, path_parameters=fixed))
     def run(case: schemathesis.Case) -> None:
+        if mode is GenerationMode.POSITIVE:
+            _name_a_known_reward(case.body)
         response = case.call(headers={"Authorization": f"Bearer {server.key}"})
         found[response.status_code] += 1
         assert response.status_code < 500 or response.status_code == 503
@@ -75,7 +77,16 @@ def test_answers_are_those_described(server: Server, method: str, path: str, mod
 
     run()
     print(f"T24 {method} {path}, {mode.value}, derandomised: {dict(found)}")  # noqa: T201
+    if mode is GenerationMode.POSITIVE and (method == "POST" or not path.startswith("/v1")):
+        assert found[200] > 0
     assert sum(found.values()) >= (EXAMPLES // 4 if "{" in path or method == "POST" else 1)  # the others take nothing
+
+
+def _name_a_known_reward(body: Any) -> None:
+    """Names and ranges of rewards are those of the decision points, which the schema does not know."""
+    for one in body.get("rewards", [body]) if isinstance(body, dict) else []:
+        if isinstance(one, dict) and {"name", "value"} <= one.keys():
+            one |= {"name": "value", "value": 0.5}
 
 
 def _good(server: Server) -> bytes:

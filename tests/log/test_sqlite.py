@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import apsw
@@ -23,25 +23,6 @@ from bandits.log.sqlite import COPIED_WAL, DAY_NS, LONG_WAL, MOST_WAL, SqliteLog
 from ope.data import InputError
 from tests.faults.log_writer import entry_of, group_names, read_ledger
 from tests.log.test_contract import BEGIN, wait_until
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "log"
-
-
-@pytest.fixture
-def opened(folder: Path) -> Iterator[Callable[..., SqliteLog]]:
-    """Opens logs on the folder, and closes them at the end."""
-    logs: list[SqliteLog] = []
-
-    def open_one(**changed: object) -> SqliteLog:
-        logs.append(SqliteLog(folder, **{"reserve": 1, **changed}))  # type: ignore[arg-type]
-        return logs[-1]
-
-    yield open_one
-    for log in logs:
-        log.close()
 
 
 def rotate(log: SqliteLog, name: str) -> None:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +92,15 @@ class Server:
     def errors(self) -> str:
         """What the process wrote to standard error."""
         return (self.config.parent / "stderr.txt").read_text(errors="replace")
+
+
+def within(seconds: float, holds: Callable[[], bool]) -> float:
+    """Seconds until it holds."""
+    began = time.monotonic()
+    while not holds():
+        assert time.monotonic() - began < seconds
+        time.sleep(0.05)
+    return time.monotonic() - began
 
 
 def free_port() -> int:

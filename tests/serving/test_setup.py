@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from pipelines.nightly.settings import read_settings as read_night
 from propel import app
 from serving.access import Secret
 from serving.settings import read_settings
-from serving.setup import initialise, keys_of
+from serving.setup import add_key, initialise, keys_of
 from tests.serving.points import AD_LOAD, ROUTES_POINT, promote
 from tests.serving.server import SECONDS, make, running
 
@@ -67,7 +68,7 @@ def test_init_writes_a_folder_that_service_and_night_read(tmp_path: Path) -> Non
 def test_secrets_are_for_their_owner_alone(made: Path) -> None:
     data = made.parent / "data"
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in [data, *data.iterdir()]}
-    assert modes == {"data": 0o700, "secret.key": 0o600, "salts.toml": 0o600, "keys.toml": 0o600}
+    assert modes == {"data": 0o700, "secret.key": 0o600, "salts.toml": 0o600, "keys.toml": 0o600, "keys.lock": 0o600}
 
 
 def test_two_folders_share_no_secret(made: Path, tmp_path: Path) -> None:
@@ -96,6 +97,67 @@ def test_init_refuses_a_folder_in_use_and_changes_nothing(config: Path, left: st
     assert {path: path.stat().st_mtime_ns for path in config.parent.rglob("*")} == before
 
 
+@pytest.mark.parametrize(
+    ("below", "found"),
+    [("file", "a file in its place"), ("file/more", "a file in its place"), ("x" * 256, "no place for it (File name too long)")],
+)
+def test_init_says_why_there_can_be_no_folder(tmp_path: Path, below: str, found: str) -> None:
+    (tmp_path / "file").write_text("kept")
+    result = propel("init", tmp_path / below)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"propel: {tmp_path / below}: found {found}; expected room for a new folder: name another\n"
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "kept")]
+
+
+def test_a_new_key_as_json_says_what_it_may(config: Path) -> None:
+    result = propel("key", "add", "--scopes", "read", "--expires", "2999-01-31", "--json", "--config", config)
+    told = json.loads(result.stdout)
+    kept = keys_of(config.parent / "data")[1]
+    assert told == {
+        "key": told["key"], "prefix": kept.prefix, "tenant": "default", "scopes": ["read"], "expires": "2999-01-31",
+    }  # fmt: skip
+    assert kept.hash == Secret.read(config.parent / "data" / "secret.key").keyed(b"keys", told["key"], size=32).hex()
+    assert json.loads(propel("key", "add", "--json", "--config", config).stdout)["expires"] is None
+
+
+def test_a_key_for_tomorrow_is_made_and_one_that_is_dead_today_is_not(config: Path) -> None:
+    today = dt.datetime.now(dt.UTC).date()
+    days = {day: propel("key", "add", "--expires", today + dt.timedelta(day), "--config", config) for day in (-1, 0, 2)}
+    assert [one.exit_code for one in days.values()] == [2, 2, 0]
+    assert f"found --expires {today}, from which on the key is not valid; expected a date after today" in days[0].stderr
+    assert len(keys_of(config.parent / "data")) == 2
+
+
+def test_no_key_is_lost_where_several_are_made_and_ended_at_once(config: Path) -> None:
+    first = keys_of(config.parent / "data")[0].prefix
+    arguments = [["add"]] * 6 + [["remove", first]]
+    command = [sys.executable, "-m", "propel", "key"]
+    processes = [
+        subprocess.Popen([*command, *one, "--config", str(config)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for one in arguments
+    ]
+    told = [process.communicate(timeout=SECONDS) for process in processes]
+    assert [(process.returncode, errors) for process, (_, errors) in zip(processes, told, strict=True)] == [(0, "")] * 7
+    made = {out.split("_")[1] for out, _ in told[:6]}
+    assert len(made) == 6
+    assert {key.prefix for key in keys_of(config.parent / "data")} == made
+    assert not (config.parent / "data" / "keys.new").exists()
+
+
+def test_the_file_of_keys_is_private_before_it_has_its_name(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, modes = config.parent / "data", list[int]()
+    (data / "keys.new").write_text("of one that was killed")
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda new, to: (modes.append(stat.S_IMODE(new.stat().st_mode)), rename(new, to)))
+    monkeypatch.setattr(Path, "chmod", None)  # nobody needs it: it is made so
+    before = os.umask(0)
+    try:
+        add_key(data, "default", ("read",))
+    finally:
+        os.umask(before)
+    assert modes == [0o600]
+
+
 def test_keys_are_added_listed_and_ended(config: Path) -> None:
     first = keys_of(config.parent / "data")[0].prefix
     added = propel("key", "add", "--scopes", "read, decide", "--expires", "2031-01-31", "--tenant", "shop", "--config", config)
@@ -119,6 +181,10 @@ def test_keys_are_added_listed_and_ended(config: Path) -> None:
         (("add", "--scopes", "decide,admin"), "found scopes 'decide,admin'; expected some of decide, reward, read"),
         (("add", "--scopes", ""), "found scopes ''"),
         (("add", "--expires", "soon"), "found --expires 'soon'; expected a date"),
+        (
+            ("add", "--expires", "2026-01-01"),
+            "found --expires 2026-01-01, from which on the key is not valid; expected a date after",
+        ),
         (("add", "--tenant", "x" * 129), "tenant"),
         (("add", "--tenant", "a\nb"), "tenant"),
         (("remove", "zz"), "found 0 keys that begin with 'zz'"),
