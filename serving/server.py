@@ -122,7 +122,7 @@ def _listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
 def _serve(config: uvicorn.Config, listening: socket.socket) -> int:
     """Serve in this process."""
     server = Server(config)
-    # uvicorn takes these signals once it runs, and raises them again afterwards: an end that was asked for, also before, is no failure
+    # uvicorn takes these signals once it runs, and raises them again afterwards; an end that was asked for is no failure
     for asked_to_end in END:
         signal.signal(asked_to_end, server.handle_exit)
     server.run(sockets=[listening])

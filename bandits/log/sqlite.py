@@ -435,8 +435,8 @@ class SqliteLog:
     def _checkpoint(self, *, quiet: bool) -> None:
         """Have the write-ahead log copied into the file, so that it may begin anew.
 
-        Where it has grown, the copier copies it beside the transactions that follow. What these wrote meanwhile, `_rest`, is little,
-        and is copied here while nobody writes: in a quiet moment, or once the log is long. SQLite then begins it anew.
+        Where it has grown, the copier copies it beside the transactions that follow. What these wrote meanwhile, `_rest`, is
+        little, and is copied here while nobody writes: in a quiet moment, or once the log is long. SQLite then begins it anew.
         """
         grown = (self._wal - self._copied) * PAGE
         if grown > MOST_WAL:
