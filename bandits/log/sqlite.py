@@ -125,7 +125,7 @@ class SqliteLog:
         self._wal = self._copied = 0  # pages of the write-ahead log, and those of them that are in the file, or on the way there
         self._rest = False  # whether only what was written beside the copier is left to be copied
         self._indexed: queue.SimpleQueue[Path] = queue.SimpleQueue()
-        self._closing = False
+        self._closing = self._ending = False
         self._begin(reserve)
         self._copier = Copier(connect, self._gave_up)
         self._keeper = Keeper(folder, connect, clock, self.window_ns, self._indexed.put)
@@ -216,28 +216,29 @@ class SqliteLog:
     # The committer's thread
 
     def _run(self) -> None:
-        ending = False
-        while not ending:
-            try:
-                taken = self._queue.get(timeout=1.0)
-            except queue.Empty:
-                self._tidy()
-                continue
+        while not self._ending:
             group: list[tuple[Entry, Done]] = []
-            while taken is not None:
-                group += taken
-                if len(group) >= MOST:
-                    break
-                try:
-                    taken = self._queue.get_nowait()
-                except queue.Empty:
-                    break
-            ending = taken is None
+            self._take(group, wait=1.0)
             if group:
                 self._settle(group)
-            self._checkpoint(quiet=False)
+                self._checkpoint(quiet=False)
+            elif not self._ending:
+                self._tidy()
         self._copier.close()
         self._copy_rest()
+
+    def _take(self, group: list[tuple[Entry, Done]], wait: float = 0.0) -> None:
+        """Add what is queued to a group, which takes about `MOST`; `wait`: seconds, for the first."""
+        try:
+            while len(group) < MOST and not self._ending:
+                taken = self._queue.get(timeout=wait) if wait else self._queue.get_nowait()
+                wait = 0.0
+                if taken is None:
+                    self._ending = True
+                else:
+                    group += taken
+        except queue.Empty:
+            return
 
     def _tidy(self) -> None:
         """What is due although nobody writes: room is looked for, an old file is sealed, the write-ahead log begun anew."""
@@ -252,7 +253,7 @@ class SqliteLog:
         believed = self._believed(started)
         outcomes: Sequence[Outcome | Exception]
         try:
-            outcomes = self._commit([entry for entry, _ in group])
+            outcomes = self._commit(group)
         except (LogUnavailableError, LogFailedError) as error:
             outcomes = [error] * len(group)
         except Exception as error:
@@ -266,14 +267,17 @@ class SqliteLog:
         self._settled[1] += size
         self.deliver([(done, outcome) for (_, done), outcome in zip(group, outcomes, strict=True)])
 
-    def _commit(self, entries: list[Entry]) -> list[Outcome]:
-        """Store entries in one durable transaction. Raises LogUnavailableError or LogFailedError."""
+    def _commit(self, group: list[tuple[Entry, Done]]) -> list[Outcome]:
+        """Store a group, and what came while another process had its turn, in one durable transaction.
+
+        Raises LogUnavailableError or LogFailedError.
+        """
         if self.failed is not None:
             raise self.failed
         self._room.check()
         while not self._indexed.empty():
             self._older.drop(self._indexed.get())
-        return self._in_turn(lambda: self._seal_and_store(entries))
+        return self._in_turn(lambda: self._seal_and_store(group))
 
     def _in_turn(self, do: Callable[[], T]) -> T:
         """Write while nobody else does. Raises LogUnavailableError or LogFailedError."""
@@ -289,11 +293,12 @@ class SqliteLog:
                 raise self._room.filled(error) from None
             raise self._gave_up(error) from None
 
-    def _seal_and_store(self, entries: list[Entry]) -> list[Outcome]:
+    def _seal_and_store(self, group: list[tuple[Entry, Done]]) -> list[Outcome]:
         if self._is_due():
             self._seal()
+        self._take(group)
         self._last = 0
-        outcomes = self._stored(entries)
+        outcomes = self._stored([entry for entry, _ in group])
         if self._last:
             with contextlib.suppress(OSError):  # a note only: the entries are durable. In this turn: it never goes back
                 os.pwrite(self._head, self._last.to_bytes(8, "little"), 0)
