@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 import structlog
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.routing import Route
 
 from serving.access import Access, Scope
@@ -136,13 +137,21 @@ async def look_up(service: Service, raw: bytes, call: Call) -> bytes:
     return encode(await asyncio.to_thread(service.look_up, call.path["decision_id"], call.tenant))
 
 
+class _Id(PathConvertor):
+    """Any text, so that an id that cannot be is refused with a reason. Starlette's own ends at a line break."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("id", _Id())
+
 ROUTES: tuple[tuple[str, str, Answer, Scope, int], ...] = (
     ("POST", "/v1/{decision_point}/decisions", decisions, "decide", 1),
     ("POST", "/v1/rewards", rewards, "reward", 1),
     ("POST", "/v1/{decision_point}/decisions:batch", decision_batch, "decide", BATCH),
     ("POST", "/v1/rewards:batch", reward_batch, "reward", BATCH),
-    ("POST", "/v1/decisions/{decision_id:path}/shown", shown, "reward", 1),
-    ("GET", "/v1/decisions/{decision_id:path}", look_up, "read", 1),
+    ("POST", "/v1/decisions/{decision_id:id}/shown", shown, "reward", 1),
+    ("GET", "/v1/decisions/{decision_id:id}", look_up, "read", 1),
 )
 """Method, path, what it answers, the scope it needs, and how many times as large as others its body may be."""
 
@@ -151,7 +160,7 @@ def routes(service: Service, access: Access) -> list[Route]:
     """The hot routes, the most frequent first."""
     most = service.limits.most_body_kilobytes * 1024
     return [
-        Route(path, Hot(service, access, path.replace(":path", ""), scope, answer, most * times), methods=[method])
+        Route(path, Hot(service, access, path.replace(":id", ""), scope, answer, most * times), methods=[method])
         for method, path, answer, scope, times in ROUTES
     ]
 

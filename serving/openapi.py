@@ -84,7 +84,7 @@ def described(document: dict[str, Any]) -> dict[str, Any]:
     by_kind = dict(zip([*kinds, Problem], schemas, strict=True))
     paths = document.setdefault("paths", {})
     for method, route, answer, scope, _ in http.ROUTES:
-        path = route.replace(":path", "")
+        path = route.replace(":id", "")
         paths.setdefault(path, {})[method.lower()] = _operation(path, ROUTES[answer], scope, by_kind)
     components["RewardRequest"]["properties"]["event_id"] |= PRINTABLE
     document.setdefault("components", {}).setdefault("schemas", {}).update(_with_printable_ids(components))

@@ -314,6 +314,14 @@ def test_the_largest_body_is_read_and_one_byte_more_is_not(server: Server) -> No
         assert server.ask("POST", "/v1/ad-load/decisions:batch", head + b" " * (size - len(head) - 1) + b"}").status == status
 
 
+def test_ids_that_cannot_be_are_refused_with_a_reason(server: Server) -> None:
+    for id_ in ("%0A", "a%0Ab", "a%04", "%C2%91"):
+        problem(server.ask("GET", f"/v1/decisions/{id_}"), "invalid", "expected 1 to 128 printable characters")
+        problem(
+            server.ask("POST", f"/v1/decisions/{id_}/shown", {"action": None}), "invalid", "expected 1 to 128 printable characters"
+        )
+
+
 def test_a_deadline_that_has_passed_decides_nothing(server: Server) -> None:
     before = len(server.stored())
     for method, path, body, _ in ROUTES_AND_SCOPES[:5]:
