@@ -97,7 +97,7 @@ def test_estimates_of_several_candidates_are_those_of_each_alone():
         alone = evaluate(case.data, target, case.q, estimators=choice.asked)
         for one, other in zip(found, alone.estimates, strict=True):
             numbers = ("value", "stderr", "low", "high", "ess")
-            # not to the bit: both are matrix products, of other shapes and with other limits on threads; a last bit has differed once
+            # not to the bit: matrix products of other shapes, with other limits on threads; a last bit has differed once
             expected = pytest.approx([getattr(other, name) for name in numbers], rel=1e-12)
             assert [getattr(one, name) for name in numbers] == expected
             assert without(one, numbers) == without(other, numbers)
