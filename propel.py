@@ -12,6 +12,7 @@ import typer
 
 from bandits.terminal import BAD_INPUT, bad_input
 from pipelines import nightly_commands
+from pipelines.log.commands import log_app
 from pipelines.policy_commands import policy_app
 from pipelines.terminal import (
     ALL_REFUSED,
@@ -46,6 +47,7 @@ app = typer.Typer(
 )
 
 app.add_typer(policy_app)
+app.add_typer(log_app)
 app.command()(nightly_commands.nightly)
 app.command()(nightly_commands.report)
 app.command()(commands.init)

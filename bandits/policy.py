@@ -29,6 +29,10 @@ class Policy(Protocol):
         ...
 
 
+UNIFORM = "uniform@builtin"
+"""What decisions name as their policy where none was promoted: `Uniform`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Uniform:
     """Even over the eligible actions."""
@@ -233,6 +237,13 @@ class Floor:
     def propensities(self, batch: DecisionBatch) -> FloatArray:
         """(n, k)"""
         return exploration.with_floor(self.policy.propensities(batch), batch.mask, self.floor)
+
+
+def floored(policy: Policy, floor: float) -> Policy:
+    """A policy that keeps a decision point's floor, which those that learn here do already."""
+    if floor == 0 or isinstance(policy, Uniform) or (isinstance(policy, Floor) and policy.floor >= floor):
+        return policy
+    return Floor(policy, floor)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -40,6 +40,17 @@ class Salt:
         message = len(name).to_bytes(4, "big") + name + len(id_).to_bytes(4, "big") + id_
         return int.from_bytes(hashlib.blake2b(message, digest_size=8, key=self.key).digest(), "big") >> 33
 
+    def uniforms(self, tenant: str, decision_ids: Sequence[str]) -> IntArray:
+        """`uniform` of many decisions of one tenant (n,)."""
+        name = tenant.encode()
+        begun = hashlib.blake2b(len(name).to_bytes(4, "big") + name, digest_size=8, key=self.key)
+        digests = []
+        for id_ in map(str.encode, decision_ids):
+            hash_ = begun.copy()
+            hash_.update(len(id_).to_bytes(4, "big") + id_)
+            digests.append(hash_.digest())
+        return (np.frombuffer(b"".join(digests), ">u8") >> 33).astype(np.int64)
+
 
 def quantise(vector: Sequence[float], *, explore: bool = True) -> list[int]:
     """Shares of the eligible actions' probabilities (k,), summing to 2^31.

@@ -34,9 +34,10 @@ def nightly(
     Exit codes: 0 good, 2 bad input or a full disk, 3 done but something needs attention, 4 another night is running.
     """
     with bad_input():
+        from pipelines.nightly.lake import BusyError
         from pipelines.nightly.mart import read_mart
-        from pipelines.nightly.run import BusyError, plan
         from pipelines.nightly.run import nightly as run_nightly
+        from pipelines.nightly.run import plan
         from pipelines.nightly.settings import read_settings
         from pipelines.nightly.summary import lines, needs_attention, to_json
 

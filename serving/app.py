@@ -22,7 +22,7 @@ from bandits.registry import Registry
 from bandits.salts import check_secret, read_salts
 from ope.data import InputError
 from serving.access import Access, Secret
-from serving.decide import UNIFORM, Served
+from serving.decide import Served
 from serving.gather import Gathering, GroupLog
 from serving.http import Direct, routes
 from serving.metrics import Metrics
@@ -42,7 +42,7 @@ HEARTBEAT = 0.02
 
 def served_points(settings: Settings) -> dict[str, Served]:
     """Every decision point with what the registry promotes there, or uniform. Raises InputError where that does not fit or load."""
-    from bandits.policy import Uniform
+    from bandits.policy import UNIFORM, Uniform
 
     registry = Registry(settings.registry) if settings.registry.exists() else None
     found = {}

@@ -14,15 +14,12 @@ from bandits.batch import DecisionBatch
 from bandits.decision_point import DecisionPoint
 from bandits.events import Decision, check_id, digest
 from bandits.ids import uuid7
-from bandits.policy import Floor, Policy, Uniform
+from bandits.policy import Policy, floored
 from bandits.sampling import TOTAL, Salt, choose, quantise
 from ope.data import BoolArray, FloatArray, InputError
 from serving.plain import Plain
 from serving.requests import Asked
 from serving.wire import Action, DecisionAnswer
-
-UNIFORM = "uniform@builtin"
-"""What decides where nothing was promoted yet."""
 
 _sorted = msgspec.json.Encoder(order="sorted").encode
 _encode = msgspec.json.Encoder().encode
@@ -45,13 +42,6 @@ class Served:
         object.__setattr__(self, "policy", floored(self.policy, self.point.exploration_floor))
         object.__setattr__(self, "plain", Plain.of(self.point.features))
         object.__setattr__(self, "places", {action: at for at, action in enumerate(self.point.actions.catalogue)})
-
-
-def floored(policy: Policy, floor: float) -> Policy:
-    """A policy that keeps the decision point's floor, which those that learn here do already."""
-    if floor == 0 or isinstance(policy, Uniform) or (isinstance(policy, Floor) and policy.floor >= floor):
-        return policy
-    return Floor(policy, floor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Literal, NamedTuple, Protocol
@@ -21,6 +22,10 @@ class Kind(IntEnum):
     SHOWN = 3
     QUARANTINED = 4
     """A reward whose token was wrong: kept, never learned from."""
+
+
+KINDS = {int(kind): kind for kind in Kind}
+"""By the number that is stored."""
 
 
 class Entry(NamedTuple):
@@ -135,10 +140,18 @@ def beside(entry: Entry) -> Entry:
 
 
 def check_of(entry: Entry) -> bytes:
-    """Checksum of what is stored of an entry: BLAKE2b-128 of its parts, each after its length."""
-    hash_ = hashlib.blake2b(bytes([entry.kind]), digest_size=16)
-    for part in (entry.key, entry.content, entry.record, entry.answer):
-        hash_.update(len(part).to_bytes(4, "little"))
-        for start in range(0, len(part), PIECE):
-            hash_.update(part[start : start + PIECE])
+    """Checksum of what is stored of an entry: BLAKE2b-128 of `whole_of` it."""
+    whole = whole_of(entry.kind, entry.key, entry.content, entry.record, entry.answer)
+    hash_ = hashlib.blake2b(digest_size=16)
+    for start in range(0, len(whole), PIECE):
+        hash_.update(whole[start : start + PIECE])
     return hash_.digest()
+
+
+def whole_of(kind: int, key: bytes, content: bytes, record: bytes, answer: bytes) -> bytes:
+    """All that is stored of an entry in one: its kind, and its parts, each after its length."""
+    sizes = _sizes(len(key), len(content), len(record), len(answer))
+    return b"".join((kind.to_bytes(1), sizes[:4], key, sizes[4:8], content, sizes[8:12], record, sizes[12:], answer))
+
+
+_sizes = struct.Struct("<4I").pack

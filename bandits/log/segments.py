@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import apsw
 
 from bandits.log.files import file_after, log_files, number_of, read_head, reading
 from bandits.log.keys import Known, look_up
-from bandits.log.port import Entry, Kind, Stored, check_of
+from bandits.log.port import KINDS, Kind, Stored, whole_of
 from ope.data import InputError
 
 COLUMNS = "kind, key, content, record, answer, checksum"
@@ -48,26 +49,34 @@ def segment(path: Path) -> Segment:
     return Segment(path, log_id, began, bool(sealed), max(rows, last or 0, read_head(path)))
 
 
-def records(path: Path, after: int = 0) -> Iterator[Stored]:
-    """Entries of a file after a row, in order; those whose checksum differs are left out, and are a gap.
+def records(path: Path, after: int = 0, until: int = 2**62, kind: Kind | None = None) -> Iterator[Stored]:
+    """Entries of a file after a row and up to another, in order; those whose checksum differs are left out, and are a gap.
+
+    `kind`: those alone. Raises DamagedError where the file cannot be read on.
+    """
+    log_id = segment(path).log_id
+    only = "" if kind is None else f"AND kind = {int(kind)} "
+    with _damage_told(path), _opened(path) as connection:
+        for row, number, key, content, record, answer, checksum in connection.execute(
+            f"SELECT row, {COLUMNS} FROM entries WHERE row > ? AND row <= ? {only}ORDER BY row",  # noqa: S608
+            (after, until),
+        ):
+            if row <= after:
+                raise DamagedError(f"{path}: found row {row} after {after}; expected them in order: restore it from a backup")
+            after = row
+            if (found := _checked(log_id, row, number, key, content, record, answer, checksum)) is not None:
+                yield found
+
+
+def decisions(path: Path, after: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Rows and records of a file's decisions, in order, as they stand: unlike those of `records` they may be damaged.
 
     Raises DamagedError where the file cannot be read on.
     """
-    described = segment(path)
-    try:
-        with _opened(path) as connection:
-            for row, *parts, checksum in connection.execute(
-                f"SELECT row, {COLUMNS} FROM entries WHERE row > ? ORDER BY row",  # noqa: S608
-                (after,),
-            ):
-                if row <= after:
-                    raise DamagedError(f"{path}: found row {row} after {after}; expected them in order: restore it from a backup")
-                after = row
-                found = _checked(described.log_id, row, parts, checksum)
-                if found is not None:
-                    yield found
-    except (apsw.Error, UnicodeDecodeError) as error:
-        raise DamagedError(f"{path}: found {error}; expected a file of a log: restore it from a backup") from None
+    with _damage_told(path), _opened(path) as connection:
+        yield from connection.execute(
+            "SELECT row, record FROM entries WHERE row > ? AND kind = ? ORDER BY row", (after, int(Kind.DECISION))
+        )
 
 
 def gaps(path: Path) -> list[tuple[int, int]]:
@@ -118,20 +127,21 @@ def _entry(path: Path, where: str, value: int | bytes) -> Stored | None:
         log_id = connection.execute("SELECT id FROM log").get
         if not isinstance(log_id, str):
             raise DamagedError(f"{path}: found no description; expected one: restore it from a backup")
-        for row, *parts, checksum in connection.execute(f"SELECT row, {COLUMNS} FROM entries WHERE {where}", (value,)):  # noqa: S608
-            return _checked(log_id, row, parts, checksum)
+        for found in connection.execute(f"SELECT row, {COLUMNS} FROM entries WHERE {where}", (value,)):  # noqa: S608
+            return _checked(log_id, *found)
     return None
 
 
-def _checked(log_id: str, row: int, parts: list[int | bytes], checksum: bytes) -> Stored | None:
+def _checked(
+    log_id: str, row: int, kind: int, key: bytes, content: bytes, record: bytes, answer: bytes, checksum: bytes
+) -> Stored | None:
     """An entry, where its checksum is that of its parts."""
-    kind, *blobs = parts
     try:
-        entry = Entry(Kind(int(kind)), *blobs)  # type: ignore[arg-type]
-        good = check_of(entry) == checksum
-    except (ValueError, TypeError):
+        if blake2b(whole_of(kind, key, content, record, answer), digest_size=16).digest() != checksum:
+            return None
+        return Stored(log_id, row, KINDS[kind], key, content, record, answer)
+    except (ValueError, TypeError, KeyError):
         return None
-    return Stored(log_id, row, *entry[:5]) if good else None
 
 
 @contextmanager

@@ -85,6 +85,13 @@ def judge_rewards(table: pa.Table, tenant: str) -> Judged:
     return judge.judged(table, ours)
 
 
+def judge_quarantined(table: pa.Table, tenant: str) -> Judged:
+    """Rewards whose token was that of another decision: none of ours is kept among the rewards."""
+    ours = _ours(table, tenant)
+    said = "token: of another decision, as whoever guesses ids would send"
+    return Judged(table.slice(0, 0), dict.fromkeys(np.flatnonzero(ours).tolist(), said), int((~ours).sum()))
+
+
 def judge_shown(table: pa.Table, tenant: str) -> Judged:
     """Shown events against `bandits.events.Shown`."""
     judge, ours = _Judge(table.num_rows), _ours(table, tenant)

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import duckdb
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ope.data import InputError
-from pipelines.nightly.contract import Judged, judge_decisions, judge_rewards, judge_shown, unit_hashes
+from pipelines.nightly.contract import Judged, judge_decisions, judge_quarantined, judge_rewards, judge_shown, unit_hashes
 from pipelines.nightly.lake import Entry, Lake, Snapshot, key_of
 from pipelines.nightly.merging import counts_by, distinct_decisions, distinct_rewards, distinct_shown, runs, united
 from pipelines.nightly.settings import DAY_NS, Settings
@@ -40,7 +41,8 @@ REWARDS = pa.schema(
     ]
 )
 SHOWN = pa.schema([*SCHEMAS["shown"], pa.field("attributed_id", TEXT)])
-REJECTED = pa.schema({"source": TEXT, "kind": TEXT, "row": COUNT, "decision_id": TEXT, "reason": TEXT, **NUMBERED})
+REJECTED = pa.schema({"source": TEXT, "kind": TEXT, "row": COUNT, "decision_id": TEXT, "reason": TEXT, "record": TEXT, **NUMBERED})
+"""`record`: all of it, as JSON, so that nothing is lost where the source no longer has it."""
 CONFLICTS = pa.schema({"decision_id": TEXT, "point": TEXT, "day": TEXT, "policy": TEXT})
 DELIVERIES = pa.schema({"source": TEXT, "policy": TEXT, "delivered": COUNT, "repeated": COUNT})
 SEQUENCE = pa.schema({"log_id": TEXT, "first": COUNT, "last": COUNT})
@@ -140,6 +142,7 @@ class _Ingest:
             "decisions": lambda table: judge_decisions(table, self.settings.tenant, self.points),
             "rewards": lambda table: judge_rewards(table, self.settings.tenant),
             "shown": lambda table: judge_shown(table, self.settings.tenant),
+            "quarantined": lambda table: judge_quarantined(table, self.settings.tenant),
         }
         counts = dict.fromkeys((*judges, "rejected", "foreign"), 0)
         for kind, judge in judges.items():
@@ -148,25 +151,28 @@ class _Ingest:
                 self.lake.bytes_read += table.nbytes
                 judged = judge(table)
                 counts[kind] += judged.kept.num_rows
-                counts["rejected"] += len(judged.rejected)
+                counts[kind if kind == "quarantined" else "rejected"] += len(judged.rejected)
                 counts["foreign"] += judged.foreign
                 self._keep_rejected(source.name, kind, table, judged, first)
                 self._keep_numbers(table)
                 if kind == "decisions":
                     self._spread(judged.kept.append_column("source", pa.array(np.full(judged.kept.num_rows, index))))
-                else:
+                elif kind in self.later:
                     self.later[kind].append(self._spill(judged.kept))
                 first += table.num_rows
-        self.result.counts.update({name: counts[name] for name in ("rejected", "foreign")})
+        self.result.counts.update({name: counts[name] for name in ("rejected", "foreign", "quarantined")})
         return counts
 
     def _keep_rejected(self, source: str, kind: Kind, table: pa.Table, judged: Judged, first: int) -> None:
         rows = sorted(judged.rejected)
         if rows:
-            some = table.select(["decision_id", *NUMBERED]).take(pa.array(rows))
-            told = [{"source": source, "kind": kind, "row": first + row, "reason": judged.rejected[row]} for row in rows]
-            records = [one | two for one, two in zip(told, some.to_pylist(), strict=True)]
-            self.rejected.append(pa.Table.from_pylist(records, schema=REJECTED))
+            told = [
+                one
+                | {"source": source, "kind": kind, "row": first + row, "reason": judged.rejected[row]}
+                | {"record": msgspec.json.encode(one).decode()}
+                for row, one in zip(rows, table.take(pa.array(rows)).to_pylist(), strict=True)
+            ]
+            self.rejected.append(pa.Table.from_pylist(told, schema=REJECTED))
 
     def _keep_numbers(self, table: pa.Table) -> None:
         """What a source's own numbers say of records that are there, whatever became of them."""
@@ -356,7 +362,8 @@ class _Ingest:
             names = pa.array(sorted(self.again), TEXT)
             old = [one.filter(pc.invert(pc.is_in(one[instead_of], names))) for one in old]
         if any(one.num_rows for one in new) or old:
-            self.result.entries.append(self.lake.write(table, pa.concat_tables([*old, *new]), point=point, day=day))
+            rows = pa.concat_tables([*old, *new], promote_options="default")  # earlier ones may lack a column
+            self.result.entries.append(self.lake.write(table, rows, point=point, day=day))
 
     def _database(self) -> duckdb.DuckDBPyConnection:
         memory = self.settings.file.lake.memory

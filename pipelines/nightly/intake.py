@@ -35,8 +35,14 @@ def _orphans(snapshot: Snapshot, date: str) -> Iterator[dict[str, Any]]:
 
 
 def _rejected(lake: Lake, snapshot: Snapshot, date: str) -> Iterator[dict[str, Any]]:
-    rejected, sources = lake.frame(snapshot.find("rejected"), ["reason"]), lake.frame(snapshot.find("sources"))
-    if rejected is None or not rejected.height or sources is None:
+    found, sources = lake.frame(snapshot.find("rejected"), ["kind", "reason"]), lake.frame(snapshot.find("sources"))
+    if found is None or sources is None:
+        return
+    rejected = found.filter(found["kind"] != "quarantined")
+    if forged := found.height - rejected.height:
+        text = "Rewards came with the token of another decision; they are kept aside and count for nothing: find who sends them."
+        yield alarm("", "quarantined", "caution", date, text, f"{forged:,} rewards.")
+    if not rejected.height:
         return
     read = sum(int(sources[name].sum()) for name in ("decisions", "rewards", "shown", "rejected"))
     evidence = f"{rejected.height:,} of {read:,}: {counted(Counter(rejected['reason']))}."

@@ -6,7 +6,9 @@ the one that counts, and replacing it is what commits a step. Readers follow the
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +35,10 @@ ROW_GROUP = 2**17
 
 class LakeError(InputError):
     """Something of the lake is not there as it was written."""
+
+
+class BusyError(InputError):
+    """Another process works on the same lake."""
 
 
 class Entry(msgspec.Struct, frozen=True, order=True):
@@ -241,6 +247,24 @@ class Lake:
 def open_lake(settings: Settings) -> Lake:
     """The lake of the settings' tenant."""
     return Lake(settings.path(settings.file.lake.folder) / slug(settings.tenant), settings.file.lake.snapshots)
+
+
+@contextmanager
+def alone(lake: Lake) -> Iterator[None]:
+    """Hold the lake's lock, which the system takes back whatever happens. Raises BusyError where another process holds it."""
+    lake.folder.mkdir(parents=True, exist_ok=True)
+    with (lake.folder / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise BusyError(
+                f"{lake.folder}: another night is running (process {file.read().strip() or 'unknown'}); wait for it"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def slug(name: str) -> str:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import errno
-import fcntl
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
@@ -27,11 +25,12 @@ from pipelines.nightly.certify import certify
 from pipelines.nightly.evaluate import evaluate
 from pipelines.nightly.ingest import ingest
 from pipelines.nightly.join import join
-from pipelines.nightly.lake import Entry, Lake, Snapshot, open_lake, replace_durably, slug
+from pipelines.nightly.lake import Entry, Lake, Snapshot, alone, open_lake, replace_durably, slug
+from pipelines.nightly.log_source import sources_of
 from pipelines.nightly.report import report
 from pipelines.nightly.select import select
 from pipelines.nightly.settings import Night, Settings
-from pipelines.nightly.sources import Source, inbox
+from pipelines.nightly.sources import Source
 from pipelines.nightly.train import train
 
 Progress = Callable[[int, int], object]
@@ -40,10 +39,6 @@ Step = Callable[[Night, Settings, Lake, Snapshot, Progress], list[Entry]]
 
 STEPS: Mapping[str, Step] = {"join": join, "certify": certify, "train": train, "evaluate": evaluate, "select": select}
 """What follows ingest, in order; the report comes last."""
-
-
-class BusyError(InputError):
-    """Another night is running on the same lake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +90,8 @@ def nightly(
     sources: Sequence[Source] | None = None,
     watch: Callable[[str], contextlib.AbstractContextManager[Progress]] = lambda step: contextlib.nullcontext(_quiet),
 ) -> Run:
-    """Run the night of a date, or what is left of it. `sources`: by default the folders in the inbox. `watch` shows each step.
+    """Run the night of a date, or what is left of it. `sources`: by default the folders in the inbox and the
+    service's log. `watch` shows each step.
 
     Raises BusyError where another night runs, InputError for input that cannot be read, damaged partitions and a full disk: what
     was committed before stays as it is.
@@ -106,14 +102,16 @@ def nightly(
     night = Night.of(date, settings)
     run = Run(settings.tenant, date.isoformat(), version("propel"), dt.datetime.now(dt.UTC).isoformat(timespec="seconds"))
     # products are small: more threads only wait for each other, and sums would end in other bits on another machine
-    with _locked(lake), _room(lake), threadpool_limits(1, "blas"):
+    with alone(lake), _room(lake), threadpool_limits(1, "blas"):
         lake.sweep()
         snapshot = lake.snapshot()
-        found = inbox(settings.path(settings.file.lake.inbox)) if sources is None else sources
+        found = sources_of(settings, lake, snapshot) if sources is None else sources
         with _step(run, lake, "ingest", watch) as (advance, done):
             ingested = ingest(settings, lake, snapshot, found, advance)
             snapshot = done(
-                ingested.entries, ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in ingested.counts.items() if n > 0)
+                ingested.entries,
+                ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in ingested.counts.items() if n > 0),
+                ingested.dropped,
             )
         for name, step in STEPS.items():
             with _step(run, lake, name, watch) as (advance, done):
@@ -133,10 +131,10 @@ def plan(date: dt.date, settings: Settings) -> list[str]:
     snapshot = lake.snapshot()
     listed = lake.frame(snapshot.find("sources"), ["name"])
     known = set() if listed is None else set(listed["name"])
-    waiting = [one.name for one in inbox(settings.path(settings.file.lake.inbox))]
+    waiting = [one.name for one in sources_of(settings, lake, snapshot)]
     fresh = [name for name in waiting if name not in known]
     days = night.days(settings.file.join.lookback_days)
-    lines = [f"ingest: {len(fresh)} of {len(waiting)} folders in the inbox are new" + (f": {', '.join(fresh)}" if fresh else "")]
+    lines = [f"ingest: {len(fresh)} of {len(waiting)} sources are new" + (f": {', '.join(fresh)}" if fresh else "")]
     for point in settings.points:
         held = snapshot.find("decisions", point.name, days)
         rows = sum(entry.rows for entry in held)
@@ -181,23 +179,6 @@ def _step(
 
     with watch(name) as advance:
         yield advance, done
-
-
-@contextlib.contextmanager
-def _locked(lake: Lake) -> Iterator[None]:
-    """Hold the lake's lock, which the system takes back whatever happens. Raises BusyError where another process holds it."""
-    with (lake.folder / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise BusyError(
-                f"{lake.folder}: another night is running (process {file.read().strip() or 'unknown'}); wait for it"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 @contextlib.contextmanager

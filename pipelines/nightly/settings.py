@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -114,6 +114,13 @@ class Registry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     folder: str = "registry"
 
 
+class Serve(msgspec.Struct, frozen=True):
+    """What the night needs to know of `[serve]`; the service checks the rest."""
+
+    data: str = "data"
+    """Folder in which the service keeps its log."""
+
+
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The settings file as it is written."""
 
@@ -128,8 +135,7 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     select: Select = Select()
     registry: Registry = Registry()
     reports: Reports = Reports()
-    serve: dict[str, Any] = {}
-    """The service's own: it checks them."""
+    serve: Serve = Serve()
 
     def __post_init__(self) -> None:
         check_id("tenant", self.tenant)
@@ -160,6 +166,11 @@ class Settings:
     def tenant(self) -> str:
         """Whose night it is."""
         return self.file.tenant
+
+    @property
+    def log(self) -> Path:
+        """Folder of the service's log, which need not be there."""
+        return self.folder / self.file.serve.data / "log"
 
     def path(self, relative: str) -> Path:
         """A path of the settings file."""

@@ -1,4 +1,4 @@
-"""Where events come from: the port that ingest reads, and folders of Parquet files behind it."""
+"""Where events come from: the port that ingest reads, and folders of Parquet files behind it. `log_source` reads the log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipelines.importers.layout import DECISIONS as IMPORTED_DECISIONS
 from pipelines.importers.layout import REWARDS as IMPORTED_REWARDS
 from pipelines.nightly.lake import file_digest
 
-Kind = Literal["decisions", "rewards", "shown"]
+Kind = Literal["decisions", "rewards", "shown", "quarantined"]
 
 BATCH = 2**17
 """Records that are read and checked together."""
@@ -33,6 +33,7 @@ def _plain(schema: pa.Schema) -> pa.Schema:
 SCHEMAS: dict[Kind, pa.Schema] = {
     "decisions": _plain(IMPORTED_DECISIONS),
     "rewards": _plain(IMPORTED_REWARDS),
+    "quarantined": _plain(IMPORTED_REWARDS),
     "shown": pa.schema(
         {
             "schema_version": pa.int16(),
@@ -45,7 +46,10 @@ SCHEMAS: dict[Kind, pa.Schema] = {
         }
     ),
 }
-"""Columns of each kind of record: the fields of `bandits.events`, and the number of the record in its log."""
+"""Columns of each kind of record: the fields of `bandits.events`, and the number of the record in its log.
+
+Quarantined are rewards that came with the token of another decision: kept, never joined.
+"""
 
 
 class Source(Protocol):

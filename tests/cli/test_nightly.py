@@ -52,7 +52,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path) ->
     feed(tmp_path / "feed")
     result = run(tmp_path / "feed", "nightly", "--dry-run")
     assert result.exit_code == 0
-    assert "1 of 1 folders in the inbox are new: first" in result.stdout
+    assert "1 of 1 sources are new: first" in result.stdout
     assert not (tmp_path / "feed" / "lake").exists()
 
 

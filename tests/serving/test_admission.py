@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from bandits.log.port import Done, Entry, Outcome
-from bandits.policy import Uniform
+from bandits.policy import UNIFORM, Uniform
 from bandits.sampling import Salt
 from serving.access import Scope, Secret
-from serving.decide import UNIFORM, Served
+from serving.decide import Served
 from serving.metrics import Metrics
 from serving.problems import ProblemError
 from serving.requests import asked

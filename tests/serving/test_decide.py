@@ -14,13 +14,13 @@ from scipy.stats import chi2
 from bandits.batch import DecisionBatch
 from bandits.decision_point import DecisionPoint
 from bandits.events import Decision, request_hash
-from bandits.policy import EpsilonGreedy, Floor, InverseGap, Policy, Softmax, Uniform
+from bandits.policy import UNIFORM, EpsilonGreedy, Floor, InverseGap, Policy, Softmax, Uniform
 from bandits.sampling import TOTAL, Salt, choose
 from bandits.scorers import Linear
 from ope.data import InputError
 from pipelines.nightly.bodies import features_of
 from serving.access import Secret
-from serving.decide import UNIFORM, Decider, Served, answer, decide
+from serving.decide import Decider, Served, answer, decide
 from serving.problems import ProblemError
 from serving.requests import asked
 from tests.nightly.events import table
