@@ -33,7 +33,7 @@ from pipelines.terminal import (
     progress,
     split,
 )
-from serving import commands
+from serving import backup_commands, commands
 
 if TYPE_CHECKING:
     from ope.intervals import Interval
@@ -50,8 +50,11 @@ app.add_typer(policy_app)
 app.add_typer(log_app)
 app.command()(nightly_commands.nightly)
 app.command()(nightly_commands.report)
+app.command()(nightly_commands.promote)
 app.command()(commands.init)
 app.command()(commands.serve)
+app.command()(backup_commands.backup)
+app.command()(backup_commands.restore)
 app.add_typer(commands.key_app)
 
 

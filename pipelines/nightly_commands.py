@@ -7,12 +7,15 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bandits.terminal import bad_input
 from pipelines.terminal import AsJsonObject, progress
+
+if TYPE_CHECKING:
+    from pipelines.nightly.settings import Night, Settings
 
 ATTENTION, BUSY = 3, 4
 """Exit codes: something needs a person; another night is running."""
@@ -22,14 +25,28 @@ Date = Annotated[
     dt.datetime | None, typer.Option("--date", formats=["%Y-%m-%d"], help="Date of the night, UTC. Default: yesterday.")
 ]
 
+MOMENTS = ["%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%dT%H:%M:%S.%f", "%Y-%m-%dT%H:%M:%S.%fZ"]
+Moment = Annotated[
+    dt.datetime | None,
+    typer.Option("--from", formats=MOMENTS, metavar="TIME", help="Instead of a date: decisions from this moment on, UTC ..."),
+]
+Until = Annotated[
+    dt.datetime | None,
+    typer.Option("--to", formats=MOMENTS, metavar="TIME", help="... and before this one, UTC, which is when it looks."),
+]
+
 
 def nightly(
     date: Date = None,
+    since: Moment = None,
+    until: Until = None,
     config: Config = Path("propel.toml"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     as_json: AsJsonObject = False,
 ) -> None:
     """Run the night of a date: ingest, join, certify, train, evaluate, select, report. A killed night goes on where it was.
+
+    With --from and --to it is a stretch of time instead, which may be shorter than a day.
 
     Exit codes: 0 good, 2 bad input or a full disk, 3 done but something needs attention, 4 another night is running.
     """
@@ -42,13 +59,13 @@ def nightly(
         from pipelines.nightly.summary import lines, needs_attention, to_json
 
         settings = read_settings(config)
-        day = _day(date)
+        night = _night(date, since, until, settings)
         if dry_run:
-            steps = plan(day, settings)
-            typer.echo(json.dumps({"date": day.isoformat(), "plan": steps}, indent=2) if as_json else "\n".join(steps))
+            steps = plan(night, settings)
+            typer.echo(json.dumps({"date": night.date.isoformat(), "plan": steps}, indent=2) if as_json else "\n".join(steps))
             return
         try:
-            run = run_nightly(day, settings, watch=_watched)
+            run = run_nightly(night, settings, watch=_watched)
         except BusyError as error:
             typer.echo(f"propel: {error}", err=True)
             raise typer.Exit(BUSY) from None
@@ -79,6 +96,55 @@ def report(date: Date = None, config: Config = Path("propel.toml"), as_json: AsJ
     typer.echo(json.dumps(to_json(mart), indent=2, allow_nan=False) if as_json else "\n".join(summary))
     if needs_attention(mart):
         raise typer.Exit(ATTENTION)
+
+
+def promote(
+    date: Date = None,
+    report_id: Annotated[
+        str | None, typer.Option("--report", help="A report by its id, as its folder is called. Default: the date's newest.")
+    ] = None,
+    point: Annotated[str | None, typer.Option(help="One decision point. Default: each.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be promoted, and promote nothing.")] = False,
+    config: Config = Path("propel.toml"),
+    as_json: AsJsonObject = False,
+) -> None:
+    """Serve a night's winner, if its certificates pass and the lower bound of its difference on fold B is above the tolerance.
+
+    A running service takes it within seconds. Exit codes: 0 all are served, 2 bad input, 3 a guard rail said no somewhere.
+    """
+    with bad_input():
+        from dataclasses import asdict
+
+        from ope.data import InputError
+        from pipelines.nightly.mart import read_mart
+        from pipelines.nightly.promote import promote as promote_winners
+        from pipelines.nightly.settings import read_settings
+
+        settings = read_settings(config)
+        if point is not None and settings.point(point) is None:
+            names = ", ".join(one.name for one in settings.points)
+            raise InputError(f"found --point {point!r}; expected a decision point of the settings: {names}")
+        mart = read_mart(settings.path(settings.file.reports.folder), settings.tenant, report_id or _day(date).isoformat())
+        found = promote_winners(mart, settings, point=point, dry_run=dry_run)
+    if as_json:
+        told = [asdict(one) | {"report": mart.manifest.snapshot_id} for one in found]
+        typer.echo(json.dumps(told, indent=2, default=str))
+    else:
+        typer.echo("\n".join(one.line for one in found))
+    if not all(one.promoted for one in found):
+        raise typer.Exit(ATTENTION)
+
+
+def _night(date: dt.datetime | None, since: dt.datetime | None, until: dt.datetime | None, settings: Settings) -> Night:
+    """The night asked for. Raises InputError for half of a stretch of time, or one beside a date."""
+    from ope.data import InputError
+    from pipelines.nightly.settings import Night
+
+    if since is None and until is None:
+        return Night.of(_day(date), settings)
+    if since is None or until is None or date is not None:
+        raise InputError("found one of --from and --to without the other, or --date beside them; expected both, or a date alone")
+    return Night.cut(since.replace(tzinfo=dt.UTC), until.replace(tzinfo=dt.UTC), settings)
 
 
 def _day(date: dt.datetime | None) -> dt.date:

@@ -24,6 +24,9 @@ PRAGMA user_version = 1;
 LEAST_SQLITE = (3, 51, 3)
 """Before it, a write-ahead log that was reset while another connection checkpointed could lose a commit."""
 
+COMPACTED = "compacted.jsonl"
+"""Beside the files: a line of JSON for each that was deleted, since a lake holds all of it."""
+
 PAGE = 8192
 """Bytes of a page."""
 

@@ -15,16 +15,13 @@ import msgspec
 import numpy as np
 
 from bandits.durable import sync
-from bandits.log.files import head_file, log_files, number_of, wal_bytes
+from bandits.log.files import COMPACTED, head_file, log_files, number_of, wal_bytes
 from bandits.log.keys import is_indexed, open_keys
 from bandits.log.segments import Segment, gaps, records, segment
 from ope.data import BoolArray, InputError, IntArray
 from pipelines.log.held import held_rows
 from pipelines.nightly.lake import Lake, alone, open_lake, replace_durably
 from pipelines.nightly.settings import DAY_NS, Settings
-
-NOTE = "compacted.jsonl"
-"""Beside the files: a line for each that was deleted."""
 
 
 class Compacted(msgspec.Struct, frozen=True):
@@ -89,7 +86,7 @@ def compact(
 
 def noted(folder: Path) -> dict[int, Compacted]:
     """What was compacted, by the number of its file. Raises InputError for a note that cannot be read."""
-    path = folder / NOTE
+    path = folder / COMPACTED
     try:
         lines = path.read_bytes().splitlines() if path.exists() else []
         return {one.file: one for one in (msgspec.json.decode(line, type=Compacted) for line in lines)}
@@ -100,7 +97,7 @@ def noted(folder: Path) -> dict[int, Compacted]:
 def note(folder: Path, gone: Sequence[Compacted]) -> None:
     """Say, durably, that files are to go."""
     every = noted(folder) | {one.file: one for one in gone}
-    replace_durably(folder / NOTE, b"".join(msgspec.json.encode(every[file]) + b"\n" for file in sorted(every)))
+    replace_durably(folder / COMPACTED, b"".join(msgspec.json.encode(every[file]) + b"\n" for file in sorted(every)))
 
 
 def finish(folder: Path) -> None:

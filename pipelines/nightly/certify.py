@@ -149,7 +149,7 @@ def _certify_day(day: _Day, raw: Raw, registry: Registry, past: Past) -> list[En
     inputs = raw.key(day.point.name, day.day, [*decisions, *deliveries])
     key = key_of(
         "certify", VERSION, settings, msgspec.to_builtins(day.point), [entry.sha256 for entry in rows], inputs, past.own,
-        past.all_policies, day.open_until(), registry.public_key().public_bytes_raw().hex(),
+        past.all_policies, day.open_until(), day.night.between, registry.public_key().public_bytes_raw().hex(),
     )  # fmt: skip
     if all([entry.key for entry in day.find(table)] == [key] for table in NAMES):
         return []
@@ -206,7 +206,7 @@ def _before(day: str) -> list[str]:
 
 def _add_bucket(sums: dict[str, Sums], day: _Day, entry: Entry, k: int) -> None:
     """Add the rows of one bucket to the sums of their policies."""
-    rows = read_rows(day.lake, [entry], day.point, k=k, context=False)
+    rows = read_rows(day.lake, [entry], day.point, k=k, context=False, between=day.night.between)
     names = [f"x.{name}" for name in day.point.features.context_columns]
     table = day.lake.read(entry, names) if names else None
     context = np.empty((rows.n, 0)) if table is None else np.stack([table[name].to_numpy() for name in names], axis=1)

@@ -33,7 +33,7 @@ from ope.selection import mean_distances
 from pipelines.nightly.estimates import Slice, Valued, records_of
 from pipelines.nightly.folds import FOLDS, LEARN, A, B
 from pipelines.nightly.lake import Entry, Lake, Snapshot, key_of
-from pipelines.nightly.rows import Rows, read_rows
+from pipelines.nightly.rows import Rows
 from pipelines.nightly.settings import Night, Settings
 from pipelines.nightly.stacks import LOGGING, STACKS, stack_record
 from pipelines.nightly.tables import TABLES
@@ -199,8 +199,7 @@ class _Evaluation:
 
     def _mark(self, bucket: Sequence[Entry], segments: Segments, *, context: bool) -> _Marked:
         window = self.window
-        names = window.settings.file.evaluate.segments
-        rows = read_rows(window.lake, bucket, window.point, k=window.k, segments=names, context=context)
+        rows = window.rows(bucket, window.settings.file.evaluate.segments, context=context)
         usable, fold = window.usable(rows), window.fold(rows)
         days, code = day_codes(rows)
         age = np.array([(self.night.date - dt.date.fromisoformat(day)).days for day in days])[code]

@@ -117,13 +117,21 @@ class Rows:
 
 
 def read_rows(
-    lake: Lake, entries: Sequence[Entry], point: DecisionPoint, *, k: int, segments: Sequence[str] = (), context: bool = True
+    lake: Lake,
+    entries: Sequence[Entry],
+    point: DecisionPoint,
+    *,
+    k: int,
+    segments: Sequence[str] = (),
+    context: bool = True,
+    between: tuple[int, int] | None = None,
 ) -> Rows:
     """Joined rows of some partitions, in the order given.
 
-    `k`: number of actions; shorter sets are padded. `context`: with features.
+    `k`: number of actions; shorter sets are padded. `context`: with features. `between`: only decisions from the first moment on
+    and before the second.
     """
-    tables = [lake.read(entry, _wanted(lake, entry, context)) for entry in entries]
+    tables = [_within(lake.read(entry, _wanted(lake, entry, context)), between) for entry in entries]
     table = pa.concat_tables(tables, promote_options="default")
     day = np.repeat(np.array([entry.day for entry in entries]), [one.num_rows for one in tables])
     names = [f"x.{name}" for name in point.features.context_columns] if context else []
@@ -149,6 +157,13 @@ def read_rows(
 def width(entries: Sequence[Entry], lake: Lake) -> int:
     """Number of actions of the longest set of some partitions."""
     return max((sum(name.startswith("share.") for name in lake.columns(entry)) for entry in entries), default=0)
+
+
+def _within(table: pa.Table, between: tuple[int, int] | None) -> pa.Table:
+    if between is None:
+        return table
+    time = table["decided_at_ns"]
+    return table.filter(pc.and_(pc.greater_equal(time, between[0]), pc.less(time, between[1])))
 
 
 def _wanted(lake: Lake, entry: Entry, context: bool) -> list[str] | None:

@@ -84,23 +84,23 @@ class Run:
 
 
 def nightly(
-    date: dt.date,
+    date: dt.date | Night,
     settings: Settings,
     *,
     sources: Sequence[Source] | None = None,
     watch: Callable[[str], contextlib.AbstractContextManager[Progress]] = lambda step: contextlib.nullcontext(_quiet),
 ) -> Run:
-    """Run the night of a date, or what is left of it. `sources`: by default the folders in the inbox and the
-    service's log. `watch` shows each step.
+    """Run a night, such as that of a date, or what is left of it. `watch` shows each step.
+
+    `sources`: by default the folders in the inbox and the service's log.
 
     Raises BusyError where another night runs, InputError for input that cannot be read, damaged partitions and a full disk: what
     was committed before stays as it is.
     """
-    _check(date, settings)
+    night = date if isinstance(date, Night) else Night.of(date, settings)
+    _check(night, settings)
     lake = open_lake(settings)
-    lake.folder.mkdir(parents=True, exist_ok=True)
-    night = Night.of(date, settings)
-    run = Run(settings.tenant, date.isoformat(), version("propel"), dt.datetime.now(dt.UTC).isoformat(timespec="seconds"))
+    run = Run(settings.tenant, night.date.isoformat(), version("propel"), dt.datetime.now(dt.UTC).isoformat(timespec="seconds"))
     # products are small: more threads only wait for each other, and sums would end in other bits on another machine
     with alone(lake), _room(lake), threadpool_limits(1, "blas"):
         lake.sweep()
@@ -124,10 +124,10 @@ def nightly(
     return run
 
 
-def plan(date: dt.date, settings: Settings) -> list[str]:
+def plan(night: Night, settings: Settings) -> list[str]:
     """What a night would do, in sentences, without doing any of it."""
-    _check(date, settings)
-    lake, night = open_lake(settings), Night.of(date, settings)
+    _check(night, settings)
+    lake = open_lake(settings)
     snapshot = lake.snapshot()
     listed = lake.frame(snapshot.find("sources"), ["name"])
     known = set() if listed is None else set(listed["name"])
@@ -149,15 +149,15 @@ def plan(date: dt.date, settings: Settings) -> list[str]:
     return [*lines, f"report: {settings.path(settings.file.reports.folder) / slug(settings.tenant)}"]
 
 
-def _check(date: dt.date, settings: Settings) -> None:
-    """Raise InputError for a date that is not over at its cut-off, when what is still to come would count as not coming."""
+def _check(night: Night, settings: Settings) -> None:
+    """Raise InputError for a night that is not over at its cut-off, when what is still to come would count as not coming."""
     try:
         learners_named(settings.file.train.learners, np.empty(0))
     except InputError as error:
         raise InputError(f"train.learners: {error}") from None
-    cutoff = dt.datetime.fromtimestamp(Night.of(date, settings).cutoff_ns / 10**9, dt.UTC)
+    cutoff = dt.datetime.fromtimestamp(night.cutoff_ns / 10**9, dt.UTC)
     if cutoff > dt.datetime.now(dt.UTC):
-        raise InputError(f"found {date}, whose night looks at {cutoff:%Y-%m-%d %H:%M} UTC; expected a moment that is over: wait")
+        raise InputError(f"found {night.date}, whose night looks at {cutoff:%Y-%m-%d %H:%M} UTC; expected that to be over: wait")
 
 
 @contextlib.contextmanager

@@ -188,6 +188,8 @@ class Night:
     date: dt.date
     cutoff_ns: int
     """What closes later is not mature."""
+    between: tuple[int, int] | None = None
+    """Only decisions from the first moment on and before the second are certified, learned from and valued."""
 
     @classmethod
     def of(cls, day: dt.date, settings: Settings) -> Night:
@@ -195,9 +197,29 @@ class Night:
         end = day_start_ns(day) + DAY_NS
         return cls(day, end + int(settings.file.join.cutoff_hours * 3600 * 10**9))
 
+    @classmethod
+    def cut(cls, since: dt.datetime, until: dt.datetime, settings: Settings) -> Night:
+        """The decisions from one moment to another, as the night of the last one's date that looks then.
+
+        Raises InputError for a moment without a time zone, and for a last one that is not after the first.
+        """
+        if since.tzinfo is None or until.tzinfo is None or until <= since:
+            raise InputError(
+                f"found {since.isoformat()} to {until.isoformat()}; expected two times with their zone, such as "
+                "2026-11-29T18:00:00Z, the second one later"
+            )
+        start, end = (moment_ns(one) for one in (since, until))
+        last = (until - dt.timedelta(microseconds=1)).astimezone(dt.UTC).date()
+        return cls(last, end + int(settings.file.join.cutoff_hours * 3600 * 10**9), (start, end))
+
     def days(self, count: int) -> list[str]:
         """The last `count` days up to the date, oldest first, as ISO dates."""
         return [(self.date - dt.timedelta(days=back)).isoformat() for back in reversed(range(count))]
+
+
+def moment_ns(moment: dt.datetime) -> int:
+    """Nanoseconds since 1970, to the microsecond."""
+    return (moment - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) // dt.timedelta(microseconds=1) * 1000
 
 
 def day_start_ns(day: dt.date) -> int:

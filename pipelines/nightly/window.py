@@ -54,6 +54,8 @@ class Window:
     certificates: Certificates
     k: int
     """Number of actions of the longest set."""
+    between: tuple[int, int] | None = None
+    """Moments that the decisions lie between."""
 
     @classmethod
     def of(cls, night: Night, settings: Settings, lake: Lake, snapshot: Snapshot, point: DecisionPoint) -> Window:
@@ -61,12 +63,13 @@ class Window:
         days = tuple(night.days(settings.file.train.days))
         entries = tuple(snapshot.find("rows", point.name, days))
         k = len(point.actions.catalogue) or max(width(entries, lake), 1)
-        return cls(point, settings, lake, days, entries, read_certificates(lake, snapshot, point, days), k)
+        return cls(point, settings, lake, days, entries, read_certificates(lake, snapshot, point, days), k, night.between)
 
     @property
     def inputs(self) -> list[str]:
-        """Digests of everything that is read."""
-        return [entry.sha256 for entry in (*self.entries, *self.certificates.entries)]
+        """Digests of everything that is read, and what is read of it."""
+        read = [entry.sha256 for entry in (*self.entries, *self.certificates.entries)]
+        return read if self.between is None else [*read, *map(str, self.between)]
 
     @property
     def reward(self) -> str:
@@ -78,6 +81,10 @@ class Window:
         held = [entry for entry in self.entries if entry.rows]
         numbers = sorted({entry.bucket for entry in held})
         return [[entry for entry in held if entry.bucket == number] for number in numbers]
+
+    def rows(self, entries: Sequence[Entry], segments: Sequence[str] = (), *, context: bool = True) -> Rows:
+        """Rows of some partitions."""
+        return read_rows(self.lake, entries, self.point, k=self.k, segments=segments, context=context, between=self.between)
 
     def usable(self, rows: Rows) -> Usable:
         """Which rows may be used: sampled, certified, with a mature value, and shown as sampled where that is asked for."""
@@ -102,14 +109,13 @@ class Window:
         In the order of decision ids, so that what is fitted does not depend on the number of buckets.
         """
         held = [entry for entry in self.entries if entry.rows]
-        count = sum(int(self._learning(read_rows(self.lake, [entry], self.point, k=self.k, context=False), reward).sum())
-                    for entry in held)  # fmt: skip
+        count = sum(int(self._learning(self.rows([entry], context=False), reward).sum()) for entry in held)
         if not count:
             return None
         share = self.settings.file.train.most_rows / count
         parts, ids = [], []
         for entry in held:
-            rows = read_rows(self.lake, [entry], self.point, k=self.k)
+            rows = self.rows([entry])
             kept = np.flatnonzero(self._learning(rows, reward) & thinned(rows.unit, share))
             if len(kept):
                 parts.append(rows.logged(reward, kept))
