@@ -179,12 +179,33 @@ def freeze(
     why: Why,
     who: Who,
     off: Annotated[bool, typer.Option("--off", help="Allow changes again.")] = False,
-    registry: RegistryFolder = Path("registry"),
+    safe: Annotated[bool, typer.Option("--safe", help="Serve the default action first, with the exploration floor.")] = False,
+    config: Annotated[
+        Path, typer.Option(help="Settings file; with --safe it names decision point and registry.", envvar="PROPEL_CONFIG")
+    ] = Path("propel.toml"),
+    registry: Annotated[Path | None, typer.Option(help="Folder of the registry.", envvar="PROPEL_REGISTRY")] = None,
     as_json: AsJsonObject = False,
 ) -> None:
-    """Refuse every change of a decision point until it is unfrozen."""
+    """Refuse every change of a decision point until it is unfrozen; with --safe, let it serve its default action meanwhile."""
     with bad_input():
-        _say(_registry(registry).freeze(decision_point, who=who, why=why, frozen=not off), as_json)
+        if not safe:
+            _say(_registry(registry or Path("registry")).freeze(decision_point, who=who, why=why, frozen=not off), as_json)
+            return
+        from bandits.registry import Registry
+        from bandits.safe import freeze_safe
+        from ope.data import InputError
+        from pipelines.nightly.settings import read_settings
+
+        if off:
+            raise InputError("found --safe with --off; expected one of them: what serves stays when a freeze is lifted")
+        settings = read_settings(config)
+        point = settings.point(decision_point)
+        if point is None:
+            known = ", ".join(point.name for point in settings.points)
+            raise InputError(f"{config}: found no decision point {decision_point!r}; expected one of {known}")
+        store = Registry(registry or settings.path(settings.file.registry.folder))
+        entries = freeze_safe(store, point, who=who, why=why)
+    _say_all(entries, as_json)
 
 
 @policy_app.command()
@@ -286,6 +307,14 @@ def _say(entry: Entry, as_json: bool) -> None:
 
     line = msgspec.to_builtins(entry)
     typer.echo(json.dumps(line, indent=2) if as_json else _ledger_line(line))
+
+
+def _say_all(entries: list[Entry], as_json: bool) -> None:
+    """The lines of the ledger that a command wrote."""
+    import msgspec
+
+    lines = [msgspec.to_builtins(entry) for entry in entries]
+    typer.echo(json.dumps(lines, indent=2) if as_json else "\n".join(map(_ledger_line, lines)))
 
 
 def _ledger_line(line: dict[str, Any]) -> str:

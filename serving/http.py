@@ -18,7 +18,7 @@ from serving.access import Access, Scope
 from serving.problems import ProblemError
 from serving.requests import asked, asked_many, decoded, refuse_repeated_keys
 from serving.service import Service
-from serving.wire import RewardBatchRequest, RewardRequest, ShownRequest
+from serving.wire import RewardBatchRequest, RewardRequest, ShownRequest, UnservedRequest
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
@@ -54,6 +54,7 @@ encode = msgspec.json.Encoder().encode
 REWARD = msgspec.json.Decoder(RewardRequest)
 REWARDS = msgspec.json.Decoder(RewardBatchRequest)
 SHOWN = msgspec.json.Decoder(ShownRequest)
+UNSERVED = msgspec.json.Decoder(UnservedRequest)
 
 
 class Gone(Exception):  # noqa: N818
@@ -68,6 +69,8 @@ class Hot:
     access: Access
     route: str
     needs: Scope
+    admitted: Scope
+    """As what it is let in: some of what a key that decides may send is an event."""
     answer: Answer
     most: int
     """Bytes of a body."""
@@ -86,7 +89,7 @@ class Hot:
             principal = self.access.principal(authorization, self.needs)
             raw = await _body(receive, self.most)
             until = None if deadline is None else started + deadline
-            self.service.admit(until, self.needs)
+            self.service.admit(until, self.admitted)
             body = await self.answer(self.service, raw, Call(scope["path_params"], principal.tenant, until))
             headers = JSON
         except ProblemError as problem:
@@ -132,6 +135,12 @@ async def shown(service: Service, raw: bytes, call: Call) -> bytes:
     return encode(await service.shown(call.path["decision_id"], _whole(raw, SHOWN), call.tenant))
 
 
+async def unserved(service: Service, raw: bytes, call: Call) -> bytes:
+    """A decision that no answer reached."""
+    served = service.point(call.path["decision_point"])
+    return encode(await service.unserved(_whole(raw, UNSERVED), call.tenant, served))
+
+
 async def look_up(service: Service, raw: bytes, call: Call) -> bytes:
     """A decision as it is stored."""
     return encode(await asyncio.to_thread(service.look_up, call.path["decision_id"], call.tenant))
@@ -151,6 +160,7 @@ ROUTES: tuple[tuple[str, str, Answer, Scope, int], ...] = (
     ("POST", "/v1/{decision_point}/decisions:batch", decision_batch, "decide", BATCH),
     ("POST", "/v1/rewards:batch", reward_batch, "reward", BATCH),
     ("POST", "/v1/decisions/{decision_id:id}/shown", shown, "reward", 1),
+    ("POST", "/v1/{decision_point}/unserved", unserved, "decide", 1),
     ("GET", "/v1/decisions/{decision_id:id}", look_up, "read", 1),
 )
 """Method, path, what it answers, the scope it needs, and how many times as large as others its body may be."""
@@ -160,9 +170,18 @@ def routes(service: Service, access: Access) -> list[Route]:
     """The hot routes, the most frequent first."""
     most = service.limits.most_body_kilobytes * 1024
     return [
-        Route(path, Hot(service, access, path.replace(":id", ""), scope, answer, most * times), methods=[method])
+        Route(
+            path,
+            Hot(service, access, path.replace(":id", ""), scope, _admitted(answer, scope), answer, most * times),
+            methods=[method],
+        )
         for method, path, answer, scope, times in ROUTES
     ]
+
+
+def _admitted(answer: Answer, scope: Scope) -> Scope:
+    """What a route is let in as. A report of what an overload left unserved must not be shed with what overloads."""
+    return "reward" if answer is unserved else scope
 
 
 class Direct:

@@ -20,6 +20,7 @@ from serving.wire import (
     RewardBatchRequest,
     RewardRequest,
     ShownRequest,
+    UnservedRequest,
 )
 
 
@@ -40,6 +41,9 @@ ROUTES: Mapping[http.Answer, What] = {
     http.rewards: What("Report a reward", RewardRequest, Accepted, ("wrong-token", "conflict", "expired")),
     http.reward_batch: What("Report several rewards", RewardBatchRequest, Accepted, ()),
     http.shown: What("Report what was shown", ShownRequest, Accepted, ("conflict", "expired")),
+    http.unserved: What(
+        "Report an unserved decision", UnservedRequest, Accepted, ("unknown-decision-point", "conflict", "expired")
+    ),
     http.look_up: What("Look a decision up", None, Logged, ("unknown-decision",)),
 }
 

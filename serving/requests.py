@@ -49,7 +49,7 @@ def decoded(raw: bytes, decoder: msgspec.json.Decoder[T]) -> T:
 def asked(raw: bytes, plain: Plain | None = None) -> Asked:
     """One decision's request; `plain`: how those of its decision point may be read. Raises ProblemError."""
     read = None if plain is None else _read_plain(raw, plain.decoder)
-    found = _canonical(decoded(raw, DECISION)) if read is None else read[0]
+    found = canonical(decoded(raw, DECISION)) if read is None else read[0]
     refuse_repeated_keys(raw, _quotes(found))
     return found
 
@@ -58,7 +58,7 @@ def asked_many(raw: bytes, plain: Plain | None = None) -> list[Asked]:
     """The requests of a batch. Raises ProblemError."""
     found = None if plain is None else _read_plain(raw, plain.several)
     if found is None:
-        found = [_canonical(request) for request in decoded(raw, DECISIONS).decisions]
+        found = [canonical(request) for request in decoded(raw, DECISIONS).decisions]
     refuse_repeated_keys(raw, 2 + sum(map(_quotes, found)))
     return found
 
@@ -92,7 +92,8 @@ def refuse_repeated_keys(raw: bytes, quotes: int) -> None:
         raise ProblemError("malformed", f"found {error}") from None
 
 
-def _canonical(request: DecisionRequest) -> Asked:
+def canonical(request: DecisionRequest) -> Asked:
+    """A request with its parts in canonical JSON."""
     actions = request.actions
     return Asked(request, _sorted(request.context), b"null" if actions is UNSET or actions is None else _sorted(actions))
 

@@ -32,20 +32,22 @@ from serving.decide import Decider, Served, answer, decide, decide_all
 from serving.gather import Gathering
 from serving.metrics import Metrics
 from serving.problems import ProblemError
-from serving.requests import Asked
+from serving.requests import Asked, canonical
 from serving.settings import Serve
-from serving.wire import Accepted, ActionOfRecord, Logged, RewardRequest, ShownRequest
+from serving.wire import UNSERVED, Accepted, ActionOfRecord, Logged, RewardRequest, ShownRequest, UnservedRequest
 
 encode = msgspec.json.Encoder().encode
 
 DAMAGED = "found a damaged record of this event; expected a whole one: not kept, and whether it is the same cannot be told"
+
+EXPIRED = "found a decision_id that was used before the retry window; expected an id of its own"
 
 LOG_FULL = "found no room in the log, or no turn to write; expected some: nothing was stored, try again later"
 
 LOG_FAILED = "found a write that the disk did not confirm; expected one that it does: nothing is acknowledged until a new start"
 
 RESERVED = 0.1
-"""Share of every limit that only rewards and shown events may use."""
+"""Share of every limit that only events may use: rewards, what was shown, and what was not served."""
 
 CHUNK = 25
 """Decisions of a batch that are made without looking at anything else."""
@@ -180,7 +182,7 @@ class Service:
                 "conflict", "found another request under this decision_id; expected the same one, or an id of its own"
             )
         elif outcome.state == "expired":
-            raise ProblemError("expired", "found a decision_id that was used before the retry window; expected an id of its own")
+            raise ProblemError("expired", EXPIRED)
         return outcome.answer
 
     async def reward(self, request: RewardRequest, tenant: str) -> Accepted:
@@ -264,6 +266,30 @@ class Service:
             raise ProblemError("conflict", "found another action shown before; kept: the certificate counts both")
         return Accepted(decision_id=decision_id, state=state)
 
+    async def unserved(self, request: UnservedRequest, tenant: str, served: Served) -> Accepted:
+        """Store a decision that no answer reached, so that its rewards have something to belong to. Raises ProblemError.
+
+        It is a decision of kind `fallback`, which nothing is learned from, under the id of the request: where that was decided on
+        and only the answer was lost, the log holds what was sampled, and this is a conflict.
+        """
+        try:
+            made = by_default(decide(canonical(request), tenant, served, self.decider), request)
+        except InputError as error:
+            raise ProblemError("invalid", str(error)) from None
+        entry = Entry(Kind.DECISION, decision_key(tenant, made.decision_id), made.request_hash, encode(made))
+        ((state, _),) = await self._stored([entry])
+        self.metrics.events["unserved", state] += 1
+        if state == "conflict":
+            raise ProblemError(
+                "conflict",
+                "found another decision under this decision_id; expected none: report what was shown of the one there is",
+            )
+        if state == "expired":
+            raise ProblemError("expired", EXPIRED)
+        if state == "stored":
+            self.metrics.decisions[served.point.name, UNSERVED] += 1
+        return Accepted(decision_id=made.decision_id, state=state)
+
     async def _stored(self, entries: Sequence[Entry]) -> list[Outcome]:
         """What became of entries that share a transaction. Raises ProblemError where none of them could be stored."""
         if not entries:
@@ -304,6 +330,26 @@ class Service:
             ],
             excluded=list(made.excluded), body=made.body, request_hash=made.request_hash.hex(), log_id=found.log_id, row=found.row,
         )  # fmt: skip
+
+
+def by_default(made: Decision, request: UnservedRequest) -> Decision:
+    """The decision that a client made itself, from what would have been decided: its action, with certainty.
+
+    `request_hash` is that of the request, hashed once more behind the word `unserved` and the action: no repeat of the request
+    that was not answered, and none of a report of another action. Raises InputError for an action that was not eligible.
+    """
+    if request.action not in made.actions:
+        raise InputError(f"action: found {request.action!r}; expected one of the {len(made.actions)} that were eligible")
+    chosen = made.actions.index(request.action)
+    shares = [TOTAL if at == chosen else 0 for at in range(len(made.actions))]
+    body = bytes(made.body)
+    if request.reason is not UNSET:
+        body = body[:-1] + b',"reason":' + encode(request.reason) + b"}"
+    return msgspec.structs.replace(
+        made, kind="fallback", policy=UNSERVED, chosen=chosen, propensity=1.0, shares=struct.pack(f"<{len(shares)}I", *shares),
+        body=msgspec.Raw(body), body_hash=digest(body),
+        request_hash=digest(b"unserved\0" + request.action.encode() + b"\0" + made.request_hash),
+    )  # fmt: skip
 
 
 def _resolve(told: asyncio.Future[Outcome], outcome: Outcome | Exception) -> None:

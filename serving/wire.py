@@ -1,4 +1,7 @@
-"""What goes over HTTP: requests and answers as frozen structs, from which OpenAPI is described, too. Unknown fields are refused."""
+"""What goes over HTTP: requests and answers as frozen structs, from which OpenAPI is described, too.
+
+Unknown fields of requests are refused. Answers only ever grow: who reads one passes over what is not known yet.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,9 @@ MANY = msgspec.Meta(min_length=1, max_length=10_000)
 
 MOST = 1000
 """Requests in a batch."""
+
+UNSERVED = "default@client"
+"""The policy of decisions that no answer reached: the client took the decision point's default."""
 
 
 class Action(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, gc=False):
@@ -54,7 +60,7 @@ class DecisionBatchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=Tr
     decisions: Annotated[list[DecisionRequest], msgspec.Meta(min_length=1, max_length=MOST)]
 
 
-class DecisionAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, gc=False):
+class DecisionAnswer(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What was decided, with the exact propensity of every eligible action."""
 
     decision_id: str
@@ -95,7 +101,18 @@ class ShownRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """null: nothing."""
 
 
-class Accepted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, gc=False):
+class UnservedRequest(DecisionRequest, frozen=True, forbid_unknown_fields=True, kw_only=True, gc=False):
+    """A decision that no answer reached, and what the client did instead."""
+
+    decision_id: Id
+    """That of the request which was not answered."""
+    action: Id
+    """What the client did: an eligible action."""
+    reason: Reason | UnsetType = UNSET
+    """Why there was no answer; kept with the decision."""
+
+
+class Accepted(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """An event that is stored."""
 
     decision_id: str
@@ -112,7 +129,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     detail: str
 
 
-class ActionOfRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, gc=False):
+class ActionOfRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """An action that was eligible."""
 
     id: str
@@ -121,7 +138,7 @@ class ActionOfRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     propensity: float
 
 
-class Logged(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, gc=False):
+class Logged(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A decision as it is stored."""
 
     decision_id: str
@@ -141,7 +158,7 @@ class Logged(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     excluded: list[tuple[str, str]]
     """(action, reason)"""
     body: msgspec.Raw
-    """Context and action features, in canonical JSON."""
+    """Context and action features, in canonical JSON; and why there was no answer, where the client said so."""
     request_hash: str
     log_id: str
     row: int

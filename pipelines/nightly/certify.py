@@ -25,7 +25,7 @@ from ope.data import BoolArray, FloatArray, IntArray
 from ope.draws import Draws, Tally, tally
 from pipelines.nightly.lake import Entry, Lake, Snapshot, key_of
 from pipelines.nightly.provenance import Provenance, Raw, provenance
-from pipelines.nightly.rows import SHOWN, STATES, Rows, read_rows, width
+from pipelines.nightly.rows import SHOWN, STATES, Rows, read_rows, width, within
 from pipelines.nightly.settings import DAY_NS, Night, Settings, day_start_ns
 from pipelines.nightly.tables import TABLES
 from pipelines.nightly.verdict import Judged, judge
@@ -208,7 +208,7 @@ def _add_bucket(sums: dict[str, Sums], day: _Day, entry: Entry, k: int) -> None:
     """Add the rows of one bucket to the sums of their policies."""
     rows = read_rows(day.lake, [entry], day.point, k=k, context=False, between=day.night.between)
     names = [f"x.{name}" for name in day.point.features.context_columns]
-    table = day.lake.read(entry, names) if names else None
+    table = within(day.lake.read(entry, ["decided_at_ns", *names]), day.night.between) if names else None
     context = np.empty((rows.n, 0)) if table is None else np.stack([table[name].to_numpy() for name in names], axis=1)
     for policy in sorted(set(rows.policy.tolist())):
         mine = rows.policy == policy

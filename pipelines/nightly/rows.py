@@ -131,7 +131,7 @@ def read_rows(
     `k`: number of actions; shorter sets are padded. `context`: with features. `between`: only decisions from the first moment on
     and before the second.
     """
-    tables = [_within(lake.read(entry, _wanted(lake, entry, context)), between) for entry in entries]
+    tables = [within(lake.read(entry, _wanted(lake, entry, context)), between) for entry in entries]
     table = pa.concat_tables(tables, promote_options="default")
     day = np.repeat(np.array([entry.day for entry in entries]), [one.num_rows for one in tables])
     names = [f"x.{name}" for name in point.features.context_columns] if context else []
@@ -159,7 +159,8 @@ def width(entries: Sequence[Entry], lake: Lake) -> int:
     return max((sum(name.startswith("share.") for name in lake.columns(entry)) for entry in entries), default=0)
 
 
-def _within(table: pa.Table, between: tuple[int, int] | None) -> pa.Table:
+def within(table: pa.Table, between: tuple[int, int] | None) -> pa.Table:
+    """The rows that were decided on from the first moment on and before the second; all of them for None."""
     if between is None:
         return table
     time = table["decided_at_ns"]

@@ -42,6 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 OPERATIONS = [
     ("POST", "/v1/{decision_point}/decisions"),
     ("POST", "/v1/{decision_point}/decisions:batch"),
+    ("POST", "/v1/{decision_point}/unserved"),
     ("POST", "/v1/rewards"),
     ("POST", "/v1/rewards:batch"),
     ("POST", "/v1/decisions/{decision_id}/shown"),
@@ -68,7 +69,7 @@ def test_answers_are_those_described(server: Server, method: str, path: str, mod
     @given(case=operation.as_strategy(mode, path_parameters=fixed))
     def run(case: schemathesis.Case) -> None:
         if mode is GenerationMode.POSITIVE:
-            _name_a_known_reward(case.body)
+            _name_what_is_known(case.body)
         response = case.call(headers={"Authorization": f"Bearer {server.key}"})
         found[response.status_code] += 1
         assert response.status_code < 500 or response.status_code == 503
@@ -82,11 +83,13 @@ def test_answers_are_those_described(server: Server, method: str, path: str, mod
     assert sum(found.values()) >= (EXAMPLES // 4 if "{" in path or method == "POST" else 1)  # the others take nothing
 
 
-def _name_a_known_reward(body: Any) -> None:
-    """Names and ranges of rewards are those of the decision points, which the schema does not know."""
+def _name_what_is_known(body: Any) -> None:
+    """Names and ranges of rewards, and actions, are those of the decision points, which the schema does not know."""
     for one in body.get("rewards", [body]) if isinstance(body, dict) else []:
         if isinstance(one, dict) and {"name", "value"} <= one.keys():
             one |= {"name": "value", "value": 0.5}
+        elif isinstance(one, dict) and {"context", "action"} <= one.keys():
+            one["action"] = "ads-0"
 
 
 def _good(server: Server) -> bytes:

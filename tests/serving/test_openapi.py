@@ -24,13 +24,13 @@ def test_the_description_is_valid_and_its_schemas_are_the_structs(server: Server
     document = server.ask("GET", "/openapi.json", key=None).json
     kinds = [
         wire.DecisionRequest, wire.DecisionBatchRequest, wire.DecisionAnswer, wire.RewardRequest, wire.RewardBatchRequest,
-        wire.ShownRequest, wire.Accepted, wire.Problem, wire.Logged,
+        wire.ShownRequest, wire.UnservedRequest, wire.Accepted, wire.Problem, wire.Logged,
     ]  # fmt: skip
     _, expected = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     assert document["openapi"].startswith("3.1")
     schemas = {name: document["components"]["schemas"][name] for name in expected}
     assert _without_printable(schemas) == expected
-    assert msgspec.json.encode(schemas).count(b'"Printable') == 9  # ids of requests, event_id
+    assert msgspec.json.encode(schemas).count(b'"Printable') == 14  # ids of requests, event_id
     for name in expected:
         schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
         jsonschema.Draft202012Validator.check_schema(schema)
@@ -38,7 +38,7 @@ def test_the_description_is_valid_and_its_schemas_are_the_structs(server: Server
     jsonschema.validate(answer, {"$ref": "#/components/schemas/DecisionAnswer", "components": document["components"]})
     assert {path for path in document["paths"] if path.startswith("/v1")} == {
         "/v1/{decision_point}/decisions", "/v1/{decision_point}/decisions:batch", "/v1/rewards", "/v1/rewards:batch",
-        "/v1/decisions/{decision_id}/shown", "/v1/decisions/{decision_id}",
+        "/v1/decisions/{decision_id}/shown", "/v1/{decision_point}/unserved", "/v1/decisions/{decision_id}",
     }  # fmt: skip
     for operations in document["paths"].values():
         for operation in operations.values():
@@ -73,6 +73,7 @@ def test_every_problem_of_a_route_is_described_there(server: Server) -> None:
         ("/v1/rewards", "post"): stored | {"wrong-token", "conflict", "expired"},
         ("/v1/rewards:batch", "post"): stored,
         ("/v1/decisions/{decision_id}/shown", "post"): stored | {"conflict", "expired"},
+        ("/v1/{decision_point}/unserved", "post"): stored | {"unknown-decision-point", "conflict", "expired"},
         ("/v1/decisions/{decision_id}", "get"): every | {"unknown-decision"},
     }
     responses = paths["/v1/rewards"]["post"]["responses"]

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bandits.policy import Uniform
-from serving.decide import UNIFORM, Served
+from bandits.policy import UNIFORM, Uniform
+from serving.decide import Served
 from serving.http import REWARD, SHOWN, _whole
 from serving.problems import ProblemError
 from serving.requests import Asked, asked, asked_many
