@@ -293,8 +293,21 @@ def export(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report; made if missing.")] = Path("propel-demo"),
+    live: Annotated[
+        bool, typer.Option("--live", help="Instead: a real service, two days of payments over HTTP, a night between them.")
+    ] = False,
 ) -> None:
-    """Evaluate candidate policies on a real log of 10,000 decisions, and write a report."""
+    """Evaluate candidate policies on a real log of 10,000 decisions, and write a report. Or see the whole loop live.
+
+    Exit codes: 0 good, 2 bad input, 3 live, where no candidate was promoted.
+    """
+    if live:
+        with bad_input("serve,jobs"):
+            from rich.console import Console
+
+            from serving.live_demo import run_live
+
+            raise typer.Exit(run_live(out, Console()))
     with bad_input():
         from rich.console import Console
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import resource
 import shutil
 import stat
 import subprocess
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import numpy as np
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -30,8 +28,9 @@ from bandits.decision_point import Actions
 from bandits.durable import sync, write_durably
 from bandits.events import canonical, check_id
 from bandits.features import FeatureSchema
-from bandits.forms import Form, from_form, read_arrays, to_bytes, to_form, write_arrays
+from bandits.forms import to_bytes, to_form, write_arrays
 from bandits.policy import Policy
+from bandits.trial import build as build
 from ope.data import InputError
 
 FORMAT = 1
@@ -41,8 +40,8 @@ MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 FORMATS = {"policy.json": "json", "arrays.npz": "npz", "golden.npz": "npz"}
 """Every file of an artifact beside the manifest and its signature."""
 
-AGREE = 1e-9
-"""How far golden propensities may differ: processors add in different orders."""
+TRIAL = "import os; os.nice(10); from bandits.trial import trial; raise SystemExit(trial())"
+"""What the child runs. It gives way to whoever serves, from before it imports anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +199,7 @@ def load_artifact(path: Path, public_key: Ed25519PublicKey, digest: str, limits:
 
 def try_in_child(files: Mapping[str, bytes], source: str, limits: Limits = Limits()) -> None:
     """Build the policy and answer the golden requests in a child with limits. Raises InputError where that fails or dies."""
-    command = [sys.executable, "-m", "bandits.artifact", str(limits.memory_bytes), str(limits.seconds)]
+    command = [sys.executable, "-c", TRIAL, str(limits.memory_bytes), str(limits.seconds)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     payload = msgspec.msgpack.encode({name: files[name] for name in FORMATS})
     try:
@@ -213,32 +212,6 @@ def try_in_child(files: Mapping[str, bytes], source: str, limits: Limits = Limit
         said = child.stderr.decode(errors="replace").strip().splitlines()
         died = f"the child died of signal {-child.returncode}" if child.returncode < 0 else (said[-1] if said else "no message")
         raise InputError(f"{source}: trial check: {died[:500]}")
-
-
-def build(files: Mapping[str, bytes]) -> Policy:
-    """The policy in verified bytes. Raises InputError where it cannot be built or does not answer as it did when written."""
-    golden = read_arrays(files["golden.npz"])
-    try:
-        document = msgspec.json.decode(files["policy.json"], type=dict[str, Any])
-    except (msgspec.MsgspecError, ValueError) as error:
-        raise InputError(f"policy.json: {error}") from None
-    arrays = read_arrays(files["arrays.npz"])
-    policy = from_form(Form(document, arrays))
-    if arrays.keys() != to_form(policy).arrays.keys():
-        raise InputError(f"arrays.npz: found arrays {sorted(arrays)[:5]}; expected those of policy.json and no others")
-    expected = {"context", "action_features", "eligible", "propensities"}
-    if set(golden) != expected:
-        raise InputError(f"golden.npz: found {sorted(golden)}; expected {sorted(expected)}")
-    batch = DecisionBatch.of(golden["context"], golden["eligible"], golden["action_features"])
-    answers = policy.propensities(batch)
-    if answers.shape != golden["propensities"].shape:
-        raise InputError(f"golden check: found answers {answers.shape}; expected {golden['propensities'].shape}")
-    worst = float(np.abs(answers - golden["propensities"]).max())
-    if not worst <= AGREE:
-        raise InputError(
-            f"golden check: found propensities that differ by {worst:.3g} from the recorded; expected at most {AGREE:g}"
-        )
-    return policy
 
 
 def digest_of(raw: bytes) -> str:
@@ -256,21 +229,3 @@ def _read_plain(path: Path, most: int) -> bytes:
         if status.st_size > most:
             raise InputError(f"{path}: size check: found {status.st_size:,} bytes; expected at most {most:,}")
         return file.read(most + 1)
-
-
-def _trial() -> int:
-    """What the child does: limits first, then the golden requests."""
-    memory, seconds = int(sys.argv[1]), int(sys.argv[2])
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    try:
-        build(msgspec.msgpack.decode(sys.stdin.buffer.read(), type=dict[str, bytes]))
-    except Exception as error:  # whatever a parser raises is a refusal, said in one line
-        sys.stderr.write(f"{type(error).__name__}: {error}".replace("\n", " "))
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_trial())

@@ -11,7 +11,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ from bandits.decision_point import DecisionPoint
 from bandits.durable import sync, write_durably
 from bandits.events import canonical, check_id
 from bandits.policy import Policy
+from bandits.signing import make_key, read_key
 from ope.data import InputError
 
 SCHEMA = """
@@ -115,7 +116,7 @@ class Registry:
                             "expected the one that belongs to it: restore it from a backup"
                         )
                     connection.execute(SCHEMA)
-                    connection.execute("INSERT INTO keys VALUES (?, ?)", (_new_key(self.folder / "signing.key"), self.clock()))
+                    connection.execute("INSERT INTO keys VALUES (?, ?)", (make_key(self.folder / "signing.key"), self.clock()))
         if (found := self._read("PRAGMA user_version")) != [(1,)]:
             raise InputError(f"{self._database}: found version {found[0][0]}; expected 1: use the propel that wrote it")
         if not self._remains() and not self._last()[0] and not self.listed():
@@ -200,28 +201,8 @@ class Registry:
         rows = self._read("SELECT decision_point, digest, frozen FROM pointers ORDER BY decision_point")
         return {point: Pointer(digest, bool(frozen)) for point, digest, frozen in rows}
 
-    def promote(self, digest: str, *, who: str, why: str, estimate: dict[str, Any] | None = None) -> Entry:
-        """Serve an artifact that passes every check. Raises InputError where its decision point is frozen, or serves it already."""
-        artifact = self.load(digest)
-        return self._change("promote", artifact.manifest.decision_point, artifact.digest, who, why, estimate)
-
-    def rollback(self, decision_point: str, *, who: str, why: str, to: str | None = None) -> Entry:
-        """Serve again what was served before, or `to`. Raises InputError where nothing was, and where it is frozen."""
-        self._check_known(decision_point)
-        served = self._served(decision_point)
-        target = self.find(to) if to is not None else served[-2] if len(served) > 1 else None
-        if target is None or target not in served[:-1]:
-            found = "nothing that was served before" if target is None else f"{target[:16]}, which did not lead to what is served"
-            before = ", ".join(each[:16] for each in served[-6:-1]) or "there is none"
-            raise InputError(
-                f"decision point {decision_point!r}: found {found}; expected one served before, newest last: {before}; "
-                "to serve any other artifact, such as a newer one, use `propel policy promote`"
-            )
-        self.load(target)
-        return self._change("rollback", decision_point, target, who, why, None)
-
-    def _served(self, decision_point: str) -> list[str]:
-        """Artifacts that led to what is served now, oldest first: what was rolled back is no longer among them."""
+    def served(self, decision_point: str) -> list[str]:
+        """Artifacts that led to what is served now, which is the last of them: what was rolled back is no longer among them."""
         served: list[str] = []
         for entry in self.ledger():
             if entry.decision_point == decision_point and entry.to_digest is not None:
@@ -231,10 +212,38 @@ class Registry:
                     served.append(entry.to_digest)
         return served
 
+    def promote(self, digest: str, *, who: str, why: str, estimate: dict[str, Any] | None = None) -> Entry:
+        """Serve an artifact that passes every check. Raises InputError where its decision point is frozen, or serves it already."""
+        artifact = self.load(digest)
+        (entry,) = self._change([("promote", artifact.digest)], artifact.manifest.decision_point, who, why, estimate)
+        return entry
+
+    def promote_frozen(self, digest: str, *, who: str, why: str) -> list[Entry]:
+        """Serve an artifact, and refuse every change after it: two lines of the ledger, both or none. Raises as both do."""
+        artifact = self.load(digest)
+        return self._change([("promote", artifact.digest), ("freeze", None)], artifact.manifest.decision_point, who, why)
+
+    def rollback(self, decision_point: str, *, who: str, why: str, to: str | None = None) -> Entry:
+        """Serve again what was served before, or `to`. Raises InputError where nothing was, and where it is frozen."""
+        self._check_known(decision_point)
+        served = self.served(decision_point)
+        target = self.find(to) if to is not None else served[-2] if len(served) > 1 else None
+        if target is None or target not in served[:-1]:
+            found = "nothing that was served before" if target is None else f"{target[:16]}, which did not lead to what is served"
+            before = ", ".join(each[:16] for each in served[-6:-1]) or "there is none"
+            raise InputError(
+                f"decision point {decision_point!r}: found {found}; expected one served before, newest last: {before}; "
+                "to serve any other artifact, such as a newer one, use `propel policy promote`"
+            )
+        self.load(target)
+        (entry,) = self._change([("rollback", target)], decision_point, who, why)
+        return entry
+
     def freeze(self, decision_point: str, *, who: str, why: str, frozen: bool = True) -> Entry:
         """Refuse every change until it is unfrozen. Raises InputError for an unknown decision point, or one so already."""
         self._check_known(decision_point)
-        return self._change("freeze" if frozen else "unfreeze", decision_point, None, who, why, None)
+        (entry,) = self._change([("freeze" if frozen else "unfreeze", None)], decision_point, who, why)
+        return entry
 
     def _check_known(self, decision_point: str) -> None:
         """Raise InputError for a decision point without an artifact: a typo must not look like a change."""
@@ -320,7 +329,7 @@ class Registry:
         """
         self._check_head()
         pointers = self.pointers()
-        kept = {digest for point in pointers for digest in self._served(point)[-2:]}
+        kept = {digest for point in pointers for digest in self.served(point)[-2:]}
         kept |= {pointer.digest for pointer in pointers.values() if pointer.digest is not None}
         listed = list(self.listed())
         gone = [digest for digest in listed[: max(0, len(listed) - keep)] if digest not in kept]
@@ -343,46 +352,43 @@ class Registry:
         """Ed25519 signature of bytes by this registry's key. Raises InputError where the key cannot be read."""
         return self._signing_key().sign(data)
 
-    def _change(self, action: Action, point: str, digest: str | None, who: str, why: str, estimate: dict[str, Any] | None) -> Entry:
-        """A line of the ledger and the pointer that it moves, in one transaction."""
+    def _change(
+        self,
+        steps: Sequence[tuple[Action, str | None]],
+        point: str,
+        who: str,
+        why: str,
+        estimate: dict[str, Any] | None = None,
+    ) -> list[Entry]:
+        """Lines of the ledger, one for each step, and the pointer that they move, in one transaction."""
         check_id("who", who)
         if not why.strip():
             raise InputError("why: found nothing; expected a reason, for whoever reads the ledger later")
-        key = self._signing_key()
+        key, entries = self._signing_key(), list[Entry]()
         with self._write() as connection:
             before = self.pointer(point)
-            moved = action in ("promote", "rollback")
-            if action == "unfreeze" and not before.frozen:
-                raise InputError(f"decision point {point!r} is not frozen; expected a frozen one: there is nothing to lift")
-            if action == "freeze" and before.frozen:
-                raise InputError(f"decision point {point!r} is frozen already; expected one that is not: there is nothing to do")
-            if before.frozen and action != "unfreeze":
-                raise InputError(
-                    f"decision point {point!r} is frozen; expected `propel policy freeze --off` first, by whoever froze it"
-                )
-            if moved and digest == before.digest:
-                raise InputError(
-                    f"decision point {point!r}: found {digest[:16] if digest else digest} served already; "
-                    "expected another artifact: there is nothing to do"
-                )
             self._check_head()
             line, previous = self._last()
-            entry = Entry(
-                line=line + 1, at_ns=self.clock(), who=who, action=action, decision_point=point,
-                from_digest=before.digest if moved else None, to_digest=digest, why=why, estimate=estimate, previous=previous,
-            )  # fmt: skip
-            raw = canonical(msgspec.to_builtins(entry))
-            after, hash_ = _after(entry, before), digest_of(raw)
-            connection.execute("INSERT INTO ledger VALUES (?, ?, ?, ?)", (entry.line, raw, hash_, key.sign(hash_.encode())))
-            connection.execute("INSERT OR REPLACE INTO pointers VALUES (?, ?, ?)", (point, after.digest, int(after.frozen)))
+            for action, digest in steps:
+                _check_allowed(action, point, digest, before)
+                entry = Entry(
+                    line=line + 1, at_ns=self.clock(), who=who, action=action, decision_point=point,
+                    from_digest=before.digest if digest is not None else None, to_digest=digest, why=why, estimate=estimate,
+                    previous=previous,
+                )  # fmt: skip
+                raw = canonical(msgspec.to_builtins(entry))
+                line, previous, before = entry.line, digest_of(raw), _after(entry, before)
+                connection.execute("INSERT INTO ledger VALUES (?, ?, ?, ?)", (line, raw, previous, key.sign(previous.encode())))
+                entries.append(entry)
+            connection.execute("INSERT OR REPLACE INTO pointers VALUES (?, ?, ?)", (point, before.digest, int(before.frozen)))
         try:
             self._write_head()
         except (InputError, OSError) as error:
             raise InputError(
-                f"ledger line {entry.line} is written and in force, but ledger.head is not: found {error}; "
+                f"ledger line {line} is written and in force, but ledger.head is not: found {error}; "
                 "expected to write it: do not repeat this change, the next one writes it"
             ) from None
-        return entry
+        return entries
 
     def _last(self) -> tuple[int, str]:
         """Number and hash of the ledger's last line."""
@@ -420,15 +426,7 @@ class Registry:
             raise DamageError(fault)
 
     def _signing_key(self) -> Ed25519PrivateKey:
-        path = self.folder / "signing.key"
-        try:
-            if path.stat().st_mode & 0o077:
-                raise InputError(f"{path}: found a key that others can read; expected mode 0600: make a new registry, or chmod 600")
-            return Ed25519PrivateKey.from_private_bytes(path.read_bytes())
-        except InputError:
-            raise
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: found no signing key ({error}); this registry can be read, not changed") from None
+        return read_key(self.folder / "signing.key")
 
     @contextmanager
     def _write(self) -> Iterator[apsw.Connection]:
@@ -478,21 +476,22 @@ def _words(pointer: Pointer | None) -> str:
     return f"{pointer.digest[:16] if pointer.digest else 'nothing'} served, {'frozen' if pointer.frozen else 'not frozen'}"
 
 
+def _check_allowed(action: Action, point: str, digest: str | None, before: Pointer) -> None:
+    """Raise InputError for a change that would change nothing, or of a decision point that is frozen."""
+    if action == "unfreeze" and not before.frozen:
+        raise InputError(f"decision point {point!r} is not frozen; expected a frozen one: there is nothing to lift")
+    if action == "freeze" and before.frozen:
+        raise InputError(f"decision point {point!r} is frozen already; expected one that is not: there is nothing to do")
+    if before.frozen and action != "unfreeze":
+        raise InputError(f"decision point {point!r} is frozen; expected `propel policy freeze --off` first, by whoever froze it")
+    if digest is not None and digest == before.digest:
+        raise InputError(
+            f"decision point {point!r}: found {digest[:16]} served already; expected another artifact: there is nothing to do"
+        )
+
+
 def _after(entry: Entry, before: Pointer) -> Pointer:
     """The pointer that a line of the ledger leaves behind."""
     if entry.action in ("freeze", "unfreeze"):
         return Pointer(before.digest, entry.action == "freeze")
     return Pointer(entry.to_digest, before.frozen)
-
-
-def _new_key(path: Path) -> bytes:
-    """The public half of the signing key, which is made where there is none; only its owner can read it."""
-    if not path.exists():
-        descriptor = os.open(path.with_suffix(".new"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(Ed25519PrivateKey.generate().private_bytes_raw())
-            file.flush()
-            os.fsync(descriptor)
-        path.with_suffix(".new").rename(path)
-        sync(path.parent)
-    return Ed25519PrivateKey.from_private_bytes(path.read_bytes()).public_key().public_bytes_raw()

@@ -5,9 +5,7 @@ One row scores to the same bits as a million, and as one padded to a longer set:
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -93,16 +91,18 @@ class Trees:
 
     model: str
     """LightGBM text"""
+    _booster: list[Any] = field(init=False, repr=False, default_factory=list)
+    """What LightGBM made of it, once it was asked for: it goes when the policy goes."""
     kind: ClassVar[str] = "trees"
-
-    def __post_init__(self) -> None:
-        # one text for equal models: else every call compares all of it with the one that is known by it
-        object.__setattr__(self, "model", sys.intern(self.model))
 
     def scores(self, batch: DecisionBatch) -> FloatArray:
         """Scores (n, k). One thread, since a service scores many requests at once."""
+        if not self._booster:
+            from bandits.oracles import lightgbm_module
+
+            self._booster.append(lightgbm_module().Booster(model_str=self.model))
         features = joint_features(batch)
-        flat = _booster(self.model).predict(features.reshape(-1, features.shape[-1]), num_threads=1)
+        flat = self._booster[0].predict(features.reshape(-1, features.shape[-1]), num_threads=1)
         return np.asarray(flat, dtype=np.float64).reshape(features.shape[:2])
 
 
@@ -154,13 +154,6 @@ def joint_features(batch: DecisionBatch) -> FloatArray:
     context = np.broadcast_to(batch.context[:, None, :], (n, k, batch.context.shape[1]))
     index = np.broadcast_to(np.arange(k, dtype=np.float64)[None, :, None], (n, k, 1))
     return np.concatenate((index, context, batch.action_features), axis=2)
-
-
-@lru_cache(maxsize=64)
-def _booster(model: str) -> Any:
-    from bandits.oracles import lightgbm_module
-
-    return lightgbm_module().Booster(model_str=model)
 
 
 def log_odds(probability: FloatArray) -> FloatArray:

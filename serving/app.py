@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
 from typing import Any
 
+import msgspec
 import structlog
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -18,48 +19,27 @@ from starlette.routing import Match
 
 from bandits.log.port import LogFailedError
 from bandits.log.sqlite import SqliteLog, tell
-from bandits.registry import Registry
 from bandits.salts import check_secret, read_salts
 from ope.data import InputError
 from serving.access import Access, Secret
-from serving.decide import Served
 from serving.gather import Gathering, GroupLog
 from serving.http import Direct, routes
 from serving.metrics import Metrics
 from serving.openapi import described
 from serving.problems import ProblemError
+from serving.reload import Reload
 from serving.service import Service
 from serving.settings import Settings
 
 log = structlog.get_logger()
+
+encode = msgspec.json.Encoder().encode
 
 FAILED = 74
 """Exit status after a write that the disk did not confirm (EX_IOERR)."""
 
 HEARTBEAT = 0.02
 """Seconds between looks at how late the event loop is."""
-
-
-def served_points(settings: Settings) -> dict[str, Served]:
-    """Every decision point with what the registry promotes there, or uniform. Raises InputError where that does not fit or load."""
-    from bandits.policy import UNIFORM, Uniform
-
-    registry = Registry(settings.registry) if settings.registry.exists() else None
-    found = {}
-    for point in settings.points:
-        pointer = registry.pointer(point.name).digest if registry is not None else None
-        if registry is None or pointer is None:
-            found[point.name] = Served(point, Uniform(), UNIFORM)
-            continue
-        artifact = registry.load(pointer)
-        made_for = (artifact.manifest.decision_point, artifact.manifest.features, artifact.manifest.actions)
-        if made_for != (point.name, point.features, point.actions):
-            raise InputError(
-                f"decision point {point.name!r}: found a promoted policy {artifact.reference} for other features or actions; "
-                "expected those of the decision point: promote one that was learned since they changed"
-            )
-        found[point.name] = Served(point, artifact.policy, artifact.reference)
-    return found
 
 
 def create_app(
@@ -72,7 +52,7 @@ def create_app(
 
     Raises InputError where settings, secrets, keys or policies are not what they should be.
     """
-    served = served_points(settings)
+    reload = Reload(settings)
     secret = Secret.read(settings.data / "secret.key")
     access = Access(secret, settings.data / "keys.toml")
     check_secret(settings.data / "salts.toml")
@@ -86,9 +66,19 @@ def create_app(
             "propel_loop_lag_seconds": ("How late the event loop is.", lambda: service.lag),
         },
         settings.data / "metrics" if settings.serve.workers > 1 else None,
-    )
+        {
+            "propel_policy_info": (
+                "1 for what serves.", ("decision_point", "policy"),
+                lambda: {(name, one.served.reference): 1.0 for name, one in reload.standing.items()},
+            ),
+            "propel_policy_reload_failed": (
+                "1 where what is promoted does not serve, because it failed.", ("decision_point",),
+                lambda: {(name,): float(one.failed is not None) for name, one in reload.standing.items()},
+            ),
+        },
+    )  # fmt: skip
     service = Service(
-        served, _Unopened(), salts[max(salts)], secret, settings.serve, metrics  # type: ignore[arg-type]
+        reload.served, _Unopened(), salts[max(salts)], secret, settings.serve, metrics  # type: ignore[arg-type]
     )  # fmt: skip
 
     @contextlib.asynccontextmanager
@@ -104,9 +94,11 @@ def create_app(
         gc.freeze()  # what is there now stays: no collection looks at it again
         gc.set_threshold(20_000, 20, 50)  # requests leave no cycles behind
         tasks = [asyncio.create_task(one) for one in (_beat(service, gathering), _refresh(access), _leave(metrics))]
-        log.info("serving", points={name: one.reference for name, one in served.items()}, process=os.getpid())
         try:
-            yield
+            async with reload.follow(service):
+                points = {name: one.reference for name, one in service.served.items()}
+                log.info("serving", points=points, process=os.getpid())
+                yield
         finally:
             for task in tasks:
                 task.cancel()
@@ -120,7 +112,7 @@ def create_app(
     app.router.routes[:0] = hot  # for what the shorter way does not know
     layers = app.build_middleware_stack
     app.build_middleware_stack = lambda: Direct(layers(), hot)  # type: ignore[method-assign]
-    _add_plain_routes(app, service)
+    _add_plain_routes(app, service, reload)
     _add_problems(app)
     app.state.service = service
     openapi = app.openapi
@@ -183,7 +175,7 @@ async def _leave(metrics: Metrics) -> None:
         await asyncio.sleep(1.0)
 
 
-def _add_plain_routes(app: FastAPI, service: Service) -> None:
+def _add_plain_routes(app: FastAPI, service: Service, reload: Reload) -> None:
     @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", summary="Whether the process runs")
     async def healthz() -> dict[str, str]:
@@ -193,7 +185,8 @@ def _add_plain_routes(app: FastAPI, service: Service) -> None:
     @app.get("/readyz", summary="Whether it can decide", responses={503: {"description": "It cannot now."}})
     async def readyz() -> Response:
         state = "log-failed" if service.log.failed is not None else "log-full" if service.log.full else "ok"
-        return Response(f'{{"status":"{state}"}}', 200 if state == "ok" else 503, media_type="application/json")
+        told: dict[str, str | list[str]] = {"status": state} | ({"stale": reload.stale} if reload.stale else {})
+        return Response(encode(told), 200 if state == "ok" else 503, media_type="application/json")
 
     @app.get("/metrics", summary="Numbers for Prometheus", response_class=Response)
     async def metrics() -> Response:

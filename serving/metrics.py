@@ -13,7 +13,7 @@ import os
 import secrets
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, count
 from pathlib import Path
 
@@ -40,22 +40,32 @@ class Counts(msgspec.Struct):
     """By decision point and policy."""
     events: dict[str, int] = {}
     """By kind and what became of them."""
+    reloads: dict[str, int] = {}
+    """By decision point and what became of them."""
     gauges: dict[str, float] = {}
+    """By name, or by name and labels."""
 
 
 class Metrics:
     """Counts of this process, and those that others left in `folder`: the processes that are forked after this was made.
 
     `gauges`: further numbers by name and help, asked for when they are wanted; of several workers the largest is told.
+    `labelled`: the same by name, help and names of labels, with as many numbers as there are labels to tell apart.
     """
 
-    def __init__(self, gauges: Mapping[str, tuple[str, Callable[[], float]]], folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        gauges: Mapping[str, tuple[str, Callable[[], float]]],
+        folder: Path | None = None,
+        labelled: Mapping[str, tuple[str, Sequence[str], Callable[[], Mapping[tuple[str, ...], float]]]] | None = None,
+    ) -> None:
         self.requests: Counter[tuple[str, int]] = Counter()
         self.decisions: Counter[tuple[str, str]] = Counter()
         self.events: Counter[tuple[str, str]] = Counter()
+        self.reloads: Counter[tuple[str, str]] = Counter()
         self._buckets: dict[str, list[int]] = {}
         self._seconds: dict[str, float] = {}
-        self._gauges, self._folder = gauges, folder
+        self._gauges, self._labelled, self._folder = gauges, labelled or {}, folder
         self._run = secrets.token_hex(8)  # what earlier runs left is under other names, and does not count
         self._place: Path | None = None
         self._before = Counts()  # what was counted at this place by those that died
@@ -99,16 +109,26 @@ class Metrics:
         yield seconds
         yield _counter("propel_decisions", "Decisions stored.", ["decision_point", "policy"], all_.decisions)
         yield _counter("propel_events", "Entries, and what became of them.", ["kind", "state"], all_.events)
+        yield _counter("propel_policy_reloads", "Policies taken or refused.", ["decision_point", "state"], all_.reloads)
         for name, (help_, _) in self._gauges.items():
             yield GaugeMetricFamily(name, help_, value=all_.gauges[name])
+        for name, (help_, labels, _) in self._labelled.items():
+            family = GaugeMetricFamily(name, help_, labels=labels)
+            for key, value in all_.gauges.items():
+                if key.startswith(f"{name}\0"):
+                    family.add_metric(key.split("\0")[1:], value)
+            yield family
 
     def _counts(self) -> Counts:
         """What was counted here, and at this place before."""
         requests = {f"{route}\0{status}": count for (route, status), count in self.requests.items()}
         decisions = {f"{point}\0{policy}": count for (point, policy), count in self.decisions.items()}
         events = {f"{kind}\0{state}": count for (kind, state), count in self.events.items()}
+        reloads = {f"{point}\0{state}": count for (point, state), count in self.reloads.items()}
         gauges = {name: float(value()) for name, (_, value) in self._gauges.items()}
-        return _sum([self._before, Counts(requests, self._seconds, self._buckets, decisions, events, gauges)])
+        for name, (_, _, values) in self._labelled.items():
+            gauges |= {"\0".join((name, *labels)): value for labels, value in values().items()}
+        return _sum([self._before, Counts(requests, self._seconds, self._buckets, decisions, events, reloads, gauges)])
 
     def _take_place(self, folder: Path) -> Path:
         """The first place that no living process holds; what earlier runs left is cleared away."""
@@ -161,7 +181,7 @@ def _sum(counted: Iterable[Counts]) -> Counts:
     """Counts added up; of each gauge the largest."""
     total = Counts()
     for one in counted:
-        for name in ("requests", "seconds", "decisions", "events"):
+        for name in ("requests", "seconds", "decisions", "events", "reloads"):
             sums = getattr(total, name)
             for key, value in getattr(one, name).items():
                 sums[key] = sums.get(key, 0) + value

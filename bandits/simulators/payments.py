@@ -7,7 +7,7 @@ probability of every action is known, so that what a policy is worth can be comp
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -83,6 +83,10 @@ class Payments:
         secured = ~self.sca_mandate[:, None] | (_SECURE == 1)
         tokenised = self.network_token[:, None] | (_ACQUIRER != TOKENISED)
         return np.asarray(secured & tokenised)
+
+    def take(self, rows: IntArray) -> Payments:
+        """Some of them."""
+        return Payments(**{each.name: getattr(self, each.name)[rows] for each in fields(self)})
 
     def contexts(self) -> list[dict[str, object]]:
         """Features of each, as a request names them."""

@@ -57,10 +57,10 @@ def compact(
     Raises BusyError while a night is running, LakeError where a partition is not what was listed: nothing is then deleted.
     """
     folder, before = settings.log, clock() - int(older_than_days * DAY_NS)
-    files = log_files(folder)
-    kept: dict[str, str] = {path.name: "it is written to" for path in files[-1:]}
     with alone(open_lake(settings)):
         finish(folder)
+        files = log_files(folder)
+        kept: dict[str, str] = {path.name: "it is written to" for path in files[-1:]}
         old, indexed = [], _indexed(folder, files[:-1])
         for path in files[:-1]:
             found = segment(path)

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from bandits.registry import Registry
 from propel import app
+from serving.setup import initialise
 from tests.bandits.test_registry import execute, registry
 
 
@@ -98,3 +100,24 @@ def test_a_damaged_database_is_said_without_a_traceback(tmp_path: Path) -> None:
         assert "control.sqlite: found" in json.loads(verified.stdout)["wrong"][0]
         refused = run(store, "promote", store[1][0], "--who", "ops", "--why", "x")
         assert (refused.exit_code, "control.sqlite: found" in refused.stderr) == (2, True)
+
+
+def test_freeze_safe_serves_the_default_action_of_the_settings(tmp_path: Path) -> None:
+    config = initialise(tmp_path / "shop", 8080).config
+    words = ("policy", "freeze", "ad-load", "--who", "ops", "--why", "incident", "--config", str(config))
+    frozen = CliRunner().invoke(app, [*words, "--safe", "--json"])
+    assert [line["action"] for line in json.loads(frozen.stdout)] == ["promote", "freeze"]
+    store = Registry(config.parent / "registry")
+    assert store.manifest(str(store.pointer("ad-load").digest)).name == "safe"
+    for more, said in (
+        (("--safe",), "'ad-load' is frozen; expected one that is not: lift it first, `propel policy freeze ad-load --off`"),
+        (("--safe", "--off"), "found --safe with --off; expected one of them"),
+    ):
+        refused = CliRunner().invoke(app, [*words, *more])
+        assert (refused.exit_code, said in refused.stderr) == (2, True)
+    elsewhere = CliRunner().invoke(app, ["policy", "freeze", "ad-lod", *words[3:], "--safe"])
+    assert (elsewhere.exit_code, "found no decision point 'ad-lod'; expected one of ad-load" in elsewhere.stderr) == (2, True)
+    lifted = CliRunner().invoke(app, [*words, "--off", "--registry", str(store.folder)])
+    assert (lifted.exit_code, "unfreeze ad-load" in lifted.stdout) == (0, True)
+    again = CliRunner().invoke(app, [*words, "--safe"]).stdout
+    assert (len(again.splitlines()), "freeze ad-load" in again) == (1, True)

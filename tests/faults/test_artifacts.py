@@ -96,28 +96,38 @@ def test_equal_content_has_one_digest_and_other_content_another(tmp_path):
     assert len(others | {first}) == 4
 
 
+def mutant(contents: dict[str, bytes], number: int, rng: np.random.Generator) -> dict[str, bytes]:
+    """One of an artifact's files: with a bit flipped, cut, longer, or with what another one holds."""
+    names = sorted(contents)
+    name, kind = names[number % len(names)], number // len(names) % 4
+    content = bytearray(contents[name])
+    place = int(rng.integers(len(content)))
+    if kind == 0:
+        content[place] ^= 1 << int(rng.integers(8))
+    elif kind == 1:
+        del content[place:]
+    elif kind == 2:
+        content[place:place] = rng.bytes(1 + number % 40)
+    else:
+        content = bytearray(contents[names[(names.index(name) + 1 + number // 20 % 4) % len(names)]])
+    return {name: bytes(content)}
+
+
+def put(path: Path, contents: dict[str, bytes]) -> None:
+    """A folder with these files and nothing else."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    for name, content in contents.items():
+        (path / name).write_bytes(content)
+
+
 def test_thousand_mutants_of_bytes_are_refused(tmp_path):
     """Flips, cuts, additions and swaps in any file; none gets past digests and signature, so none is parsed."""
-    original, rng = write(tmp_path / "good"), np.random.default_rng(22)
+    original, rng, seen = write(tmp_path / "good"), np.random.default_rng(22), Counter[str]()
     contents = {name: (original / name).read_bytes() for name in (MANIFEST, SIGNATURE, *FORMATS)}
-    names, seen = sorted(contents), Counter[str]()
-    for mutant in range(1000):
-        name = names[mutant % len(names)]
-        content, kind = bytearray(contents[name]), mutant // len(names) % 4
-        place = int(rng.integers(len(content)))
-        if kind == 0:
-            content[place] ^= 1 << int(rng.integers(8))
-        elif kind == 1:
-            del content[place:]
-        elif kind == 2:
-            content[place:place] = rng.bytes(1 + mutant % 40)
-        else:
-            content = bytearray(contents[names[(names.index(name) + 1 + mutant // 20 % 4) % len(names)]])
-        path = tmp_path / "mutant" / original.name
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
-        for each, good in contents.items():
-            (path / each).write_bytes(bytes(content) if each == name else good)
+    path = tmp_path / "mutant" / original.name
+    for number in range(1000):
+        put(path, contents | mutant(contents, number, rng))
         with pytest.raises(InputError, match=r"(digest|signature) check") as refusal:
             load(path)
         seen[str(refusal.value).split(" check")[0].rsplit(" ", 1)[-1]] += 1

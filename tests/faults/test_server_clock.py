@@ -8,12 +8,16 @@ import signal
 from collections.abc import Iterable
 from pathlib import Path
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from bandits.ids import uuid7
 from bandits.log.files import log_files
+from serving.setup import Made
 from tests.faults import load_client
 from tests.faults.audit import attempts, audit
 from tests.faults.live_server import KILLS, Live, load, log_of, make, show, sockets, start, status_of
 from tests.faults.test_server_killed import ask_again, wait_for
+from tests.serving.points import AD_LOAD, promote
 
 SHIFTED = """\
 import os, time
@@ -105,13 +109,22 @@ def storm(live: Live, folder: Path, name: str, bodies: Iterable[tuple[str, str]]
     return ledger
 
 
+def serving(made: Made) -> set[str]:
+    """What serves, of all workers."""
+    families = text_string_to_metric_families(status_of(made, "/metrics", seconds=5)[1].decode())
+    return {one.labels["policy"] for family in families for one in family.samples if one.name == "propel_policy_info"}
+
+
 def test_a_storm_of_retries_gets_one_answer_for_each_id(tmp_path: Path) -> None:
-    """T16: five at once over two workers, with a restart and a new file between; the same bytes, and 409 for another request."""
+    """T16: five at once over two workers, with a reload, a restart and a new file between; the same bytes, and 409 for another."""
     made = make(tmp_path / "server", workers=2, rotate_megabytes=1)
     bodies = {f"s-{number}": load_client.request_body(f"s-{number}", pad=128) for number in range(IDS)}
     other = {name: body.replace('"minutes_in_session": ', '"minutes_in_session": 1') for name, body in bodies.items()}
     with start(made) as live:
         ledgers = [storm(live, tmp_path, "first", bodies.items())]
+        reference = promote(made.config.parent / "registry", AD_LOAD)
+        wait_for(lambda: serving(made) == {reference})  # which would choose otherwise
+        ledgers.append(storm(live, tmp_path, "reloaded", bodies.items()))
         assert live.kill() == -signal.SIGKILL
     with start(made) as live:
         ledgers.append(storm(live, tmp_path, "restarted", bodies.items()))
@@ -126,7 +139,7 @@ def test_a_storm_of_retries_gets_one_answer_for_each_id(tmp_path: Path) -> None:
     sent = [one for ledger in ledgers for one in attempts(ledger) if one.name in bodies]
     show(f"T16: {figures}; {len(sent)} times {IDS} ids, {len(altered)} altered, {load()}")
     assert {one.status for one in sent} == {200}
-    assert len(sent) == 3 * COPIES * IDS
+    assert len(sent) == 4 * COPIES * IDS
     assert len({(one.name, one.answer) for one in sent}) == IDS
     assert len(altered) == COPIES * IDS
     assert {one.status for one in altered} == {409}

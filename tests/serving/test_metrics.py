@@ -36,6 +36,12 @@ def told(text: bytes) -> dict[str, float]:
     return found
 
 
+def samples(text: bytes, name: str) -> dict[tuple[str, ...], float]:
+    """Samples of one name by their labels."""
+    families = text_string_to_metric_families(text.decode())
+    return {tuple(one.labels.values()): one.value for family in families for one in family.samples if one.name == name}
+
+
 @contextmanager
 def worker(metrics: Metrics, decisions: int, waiting: float = 0.0) -> Iterator[Callable[[], None]]:
     """A process that has counted and left that, and waits; and what kills it."""
@@ -82,6 +88,17 @@ def test_workers_tell_the_sum_and_the_largest_gauge(tmp_path: Path) -> None:
         assert found["propel_request_seconds_bucket"] == found["propel_request_seconds_count"] == 60
         assert found["propel_request_seconds_sum"] == pytest.approx(60 * 0.003)
         assert found["propel_waiting"] == 7
+
+
+def test_gauges_with_labels_are_told_of_every_worker_that_lives(tmp_path: Path) -> None:
+    serves = ["first", "second"]
+    labelled = {"propel_policy_info": ("Serves.", ("decision_point", "policy"), lambda: {("ad-load", serves[0]): 1.0})}
+    metrics = Metrics({"propel_waiting": ("Waiting.", lambda: 1.0)}, tmp_path / "metrics", labelled)
+    with worker(metrics, 1) as kill:
+        serves.reverse()  # here alone: the worker is a process of its own
+        assert samples(metrics.text(), "propel_policy_info") == {("ad-load", "first"): 1, ("ad-load", "second"): 1}
+        kill()
+        assert samples(metrics.text(), "propel_policy_info") == {("ad-load", "second"): 1}
 
 
 def test_what_a_dead_worker_counted_stays_and_its_gauges_go(tmp_path: Path) -> None:
