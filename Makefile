@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 LIBGOMP := sh -c 'test "$$(id -u)" = 0 && { apt-get install -y libgomp1 || { apt-get update && apt-get install -y libgomp1; }; }'
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test static tests faults bench-ope bench-bandits bench-logs bench-nightly bench-serve clean
+.PHONY: demo test static tests faults verify bench-ope bench-bandits bench-logs bench-nightly bench-serve bench-loop clean
 
 demo: .venv/.demo
 	$(BIN)/propel demo
@@ -25,6 +25,11 @@ tests: .venv/.dev
 faults: .venv/.dev
 	PROPEL_KILLS=60 $(BIN)/python -m pytest tests/faults tests/nightly/test_ingest.py tests/bandits/test_sampling.py
 
+# what only many runs can show: half an hour. Runs that are done are kept in .verify, and not made again
+verify: .venv/.dev
+	$(BIN)/python -m tests.verify.closed_loop --runs 200
+	$(BIN)/python -m benchmarks.loop --decisions 1000000 --folder .verify/loop
+
 bench-ope: .venv/.demo
 	$(BIN)/python -m benchmarks.ope --rounds 1000000 --actions 10
 	$(BIN)/python -m benchmarks.ope --rounds 10000000 --actions 10
@@ -41,6 +46,10 @@ bench-nightly: .venv/.demo
 bench-serve: .venv/.dev
 	$(BIN)/python -m benchmarks.serve
 
+bench-loop: .venv/.dev
+	$(BIN)/python -m benchmarks.loop
+	$(BIN)/python -m benchmarks.reload
+
 clean:
 	rm -rf .venv propel-demo .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
@@ -48,7 +57,7 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Propel needs Python 3.11 or newer; set PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing what the demo needs into .venv; this takes a minute or two."
-	$(PIP) '.[jobs]'
+	$(PIP) '.[serve,jobs]'
 	@$(BIN)/python -c 'import ctypes; ctypes.CDLL("libgomp.so.1")' 2>/dev/null || $(LIBGOMP) >/dev/null 2>&1 || \
 		{ echo "LightGBM needs the system library libgomp.so.1. Run: sudo apt-get install libgomp1, then make again."; exit 1; }
 	@touch $@

@@ -1,4 +1,4 @@
-"""`propel init`, `propel serve` and `propel key`."""
+"""`propel init`, `propel serve`, `propel simulate` and `propel key`."""
 
 from __future__ import annotations
 
@@ -50,6 +50,49 @@ def serve(config: Config = Path("propel.toml")) -> None:
         from serving.settings import read_settings
 
         raise typer.Exit(run(read_settings(config)))
+
+
+def simulate(
+    url: Annotated[str, typer.Option(help="Address of the service.")] = "http://127.0.0.1:8080",
+    key: Annotated[str, typer.Option(help="Key with the scopes decide and reward.", envvar="PROPEL_KEY")] = "",
+    payments: Annotated[int, typer.Option(min=2, help="How many are made.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the world and its payments.")] = 0,
+    drift: Annotated[float, typer.Option(min=0, help="How far issuers have moved since, as a spread.")] = 0.0,
+    second: Annotated[float, typer.Option(min=0, help="Seconds that one of the world takes; 0: results come at once.")] = 1e-4,
+    ledger: Annotated[Path | None, typer.Option(help="File to note every decision in, for `propel log audit --ledger`.")] = None,
+    print_point: Annotated[bool, typer.Option("--print-point", help="Print the decision point that it asks, and end.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Drive a service with simulated card payments: each asks for its route, and its result is reported when it comes.
+
+    Exit codes: 0 good, 2 bad input, or a service that refuses.
+    """
+    with bad_input("serve"):
+        from bandits.simulators.payments import POINT
+        from ope.data import InputError
+        from serving.client import ClientError
+        from serving.simulated import note, simulated
+
+        if print_point:
+            typer.echo(POINT.strip())
+            return
+        try:
+            driven, true = simulated(url, key, payments, seed, drift, second)
+        except ClientError as error:
+            raise InputError(f"{url}: found {error}; expected a service with the decision point of --print-point") from None
+        if ledger is not None:
+            note(driven, ledger)
+    told = {
+        "payments": len(driven.served), "served": sum(driven.served), "authorised": driven.rate, "stderr": driven.stderr,
+        "true": true, "seconds": round(driven.seconds, 2),
+    }  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(told, indent=2))
+        return
+    typer.echo(
+        f"{told['payments']:,} payments, {told['served']:,} served, in {driven.seconds:.1f} s; authorised {driven.rate:.4f} "
+        f"(± {1.96 * driven.stderr:.4f}), truly {true:.4f}"
+    )
 
 
 @key_app.command("add")

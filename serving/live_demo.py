@@ -31,9 +31,9 @@ from bandits.simulators.payments import DAY, World
 from bandits.simulators.payments import POINT as PAYMENTS
 from ope.data import InputError
 from ope.intervals import normal_quantile
-from serving.client import AsyncClient, Patience, read_defaults
+from serving.client import AsyncClient, read_defaults
 from serving.setup import Made, initialise
-from serving.simulated import POINT, Driven, drive
+from serving.simulated import PATIENCE, POINT, Driven, drive, note
 
 SECOND = 1e-4
 """Seconds that a second of the world takes: a day lasts 8.64."""
@@ -62,9 +62,6 @@ days = 2
 [evaluate]
 windows = [2]
 """
-
-PATIENCE = Patience(timeout=5.0, deadline=15.0)
-"""Nobody waits for these payments: a machine that is busy makes them slow, and not unserved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +181,7 @@ def a_day(
     today, since = world.payments(payments, rng), dt.datetime.now(dt.UTC)
     found = asyncio.run(driven())
     time.sleep(WINDOW * 0.2 + 0.1)  # the last decision is a world's day old already: all of its results came
-    with (folder / "ledger.jsonl").open("a") as ledger:
-        ledger.writelines(
-            json.dumps({"decision_id": id_, "acknowledged": served}) + "\n"
-            for id_, served in zip(found.decision_id, found.served, strict=True)
-        )
+    note(found, folder / "ledger.jsonl")
     return Day(since, dt.datetime.now(dt.UTC), found, found.true(world, today))
 
 

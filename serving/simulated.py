@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from bandits.simulators.payments import ACTIONS, Payments, World, results
 from ope.data import FloatArray
-from serving.client import Action, AsyncClient, Decided, RefusedError, RewardRequest
+from serving.client import Action, AsyncClient, Decided, Patience, RefusedError, RewardRequest
 
 POINT, REWARD = "payments", "authorised"
 
@@ -27,6 +29,9 @@ SLICE = 256
 
 MOST = 100
 """Rewards of one request."""
+
+PATIENCE = Patience(timeout=5.0, deadline=15.0)
+"""Nobody waits for these payments: a machine that is busy makes them slow, and not unserved."""
 
 PLACES = {action: place for place, action in enumerate(ACTIONS)}
 
@@ -58,6 +63,32 @@ class Driven:
     def true(self, world: World, payments: Payments) -> float:
         """Share that the policies which decided would authorise of these payments, on average over their draws."""
         return world.value(payments, np.stack(self.vectors))
+
+
+def simulated(url: str, key: str, payments: int, seed: int, drift: float, second: float) -> tuple[Driven, float]:
+    """A stretch of payments of one world, and the share that the policies which decided truly authorise of them.
+
+    Raises ClientError where the service refuses, or does not answer.
+    """
+    world, rng = World.draw(seed), np.random.default_rng([seed, 2])
+    world = world.drifted(rng, drift)
+    some = world.payments(payments, rng)
+
+    async def driven() -> Driven:
+        async with AsyncClient(url, key, patience=PATIENCE) as client:
+            return await drive(client, world, some, rng, second=second)
+
+    found = asyncio.run(driven())
+    return found, found.true(world, some)
+
+
+def note(driven: Driven, ledger: Path) -> None:
+    """Append what was asked, and whether it was answered, to a file that `propel log audit --ledger` reads."""
+    with ledger.open("a") as file:
+        file.writelines(
+            json.dumps({"decision_id": id_, "acknowledged": served}) + "\n"
+            for id_, served in zip(driven.decision_id, driven.served, strict=True)
+        )
 
 
 async def drive(

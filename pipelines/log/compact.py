@@ -54,7 +54,8 @@ def compact(
 ) -> Compaction:
     """Delete the sealed files that began long enough ago and whose every record the lakes of their tenants hold.
 
-    Raises BusyError while a night is running, LakeError where a partition is not what was listed: nothing is then deleted.
+    Raises BusyError while a night is running, LakeError where a partition is not what was listed, InputError where the note does
+    not belong to this log: nothing is then deleted.
     """
     folder, before = settings.log, clock() - int(older_than_days * DAY_NS)
     with alone(open_lake(settings)):
@@ -101,13 +102,19 @@ def note(folder: Path, gone: Sequence[Compacted]) -> None:
 
 
 def finish(folder: Path) -> None:
-    """Delete what was noted, and what is left beside files that are gone; the newest stays, whatever a note says."""
-    newest = log_files(folder)[-1:]
-    for file in noted(folder):
+    """Delete what was noted, and what is left beside files that are gone.
+
+    Raises InputError for a file that has the number of one that was noted and is another, as where a log was begun anew.
+    """
+    for file, one in noted(folder).items():
         path = folder / f"log-{file:08d}.sqlite"
-        if path not in newest:
-            for each in (path, Path(f"{path}-wal"), Path(f"{path}-shm"), head_file(path)):
-                each.unlink(missing_ok=True)
+        if path.exists() and (found := segment(path).log_id) != one.log_id:
+            raise InputError(
+                f"{path}: found the log {found}; {COMPACTED} says that {one.log_id} had this number and was deleted: move that "
+                "note away where the log was begun anew"
+            )
+        for each in (path, Path(f"{path}-wal"), Path(f"{path}-shm"), head_file(path)):
+            each.unlink(missing_ok=True)
     sync(folder)
 
 

@@ -76,6 +76,11 @@ def traced(child: int, call: str, when: int, sent: str, log: Path) -> subprocess
     return attached(child, what, log)
 
 
+def waited(child: int) -> int:
+    """How a child ended, or that it is stopped."""
+    return os.waitpid(child, os.WUNTRACED)[1]
+
+
 def tell(status: int | None, calls: dict[str, int]) -> None:
     """Answer a line."""
     sys.stdout.write(json.dumps({"status": status, "calls": calls}) + "\n")
@@ -91,12 +96,14 @@ def main() -> None:
             child = forked(Path(folder), work)
             tracer = None if call == "-" else traced(child, call, int(when), sent[0] if sent else "SIGKILL", log)
             os.kill(child, signal.SIGCONT)
-            _, status = os.waitpid(child, os.WUNTRACED)
-            if os.WIFSTOPPED(status):
-                tell(None, {})
-                sys.stdin.readline()
+            status, told = waited(child), False
+            while os.WIFSTOPPED(status):
+                if not told:
+                    tell(None, {})
+                    sys.stdin.readline()
+                told = True  # each of its threads has a call of that number, and stops all of them
                 os.kill(child, signal.SIGCONT)
-                _, status = os.waitpid(child, 0)
+                status = waited(child)
             if tracer is not None:
                 tracer.communicate()
             tell(os.waitstatus_to_exitcode(status), most_calls(log, CALLS.split(",")) if call == "count" else {})

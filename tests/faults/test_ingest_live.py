@@ -195,7 +195,7 @@ def test_ingests_that_are_killed_beside_a_service_end_with_every_record_once(ser
             for trial in range(TRIALS):
                 call = CALLS[trial % len(CALLS)]
                 # how much there is to be ingested depends on chance: the last calls may not come about
-                status, _ = serving.run(made.config.parent, "ingest", call, dice.randint(1, max(1, calls[call] * 3 // 4)))
+                status, _ = serving.run(made.config.parent, "ingest", call, dice.randint(1, max(1, calls[call] // 2)))
                 assert status in (-signal.SIGKILL, 0)
                 killed[call] += status == -signal.SIGKILL
                 if trial % 5 == 4:  # so that some ingests find much, and some find little

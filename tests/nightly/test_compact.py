@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from contextlib import closing
 from pathlib import Path
 
@@ -126,11 +127,23 @@ def test_what_was_noted_is_deleted_by_the_next_compaction(tmp_path: Path) -> Non
     """As where it was killed after the note."""
     config = three_files(tmp_path)
     take(config)
+    saved = tmp_path / "saved"
+    shutil.copytree(config.log, saved)
     gone = compact(config, older_than_days=0).deleted
-    again = three_files(tmp_path / "again")
-    note(again.log, gone)
-    finish(again.log)
-    assert [path.name for path in log_files(again.log)] == ["log-00000003.sqlite"]
+    note(saved, gone)
+    finish(saved)
+    assert [path.name for path in log_files(saved)] == ["log-00000003.sqlite"]
+
+
+def test_a_note_of_another_log_deletes_nothing(tmp_path: Path) -> None:
+    """As where a log's files were lost, and a new one was begun beside the note of the old."""
+    config, other = three_files(tmp_path / "one"), three_files(tmp_path / "other")
+    take(config)
+    take(other)
+    note(other.log, compact(config, older_than_days=0).deleted)
+    with pytest.raises(ValueError, match=r"log-00000001.sqlite: found the log .*; compacted.jsonl says that .* was deleted"):
+        compact(other, older_than_days=0)
+    assert len(log_files(other.log)) == 3
 
 
 def test_an_audit_counts_and_finds_all_accounted_for(tmp_path: Path) -> None:
