@@ -69,9 +69,12 @@ def read_head(path: Path) -> int:
         return 0
 
 
-def writing(path: Path) -> apsw.Connection:
-    """A connection that writes: durable at every commit, checkpoints only when told to, deleted bytes overwritten."""
-    connection = apsw.Connection(str(path))
+def writing(path: Path, *, new: bool = False) -> apsw.Connection:
+    """A connection that writes: durable at every commit, checkpoints only when told to, deleted bytes overwritten.
+
+    Unless it is to be `new`, the file must be there: one that was compacted must not come back, empty.
+    """
+    connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE | (apsw.SQLITE_OPEN_CREATE if new else 0))
     connection.set_busy_timeout(10_000)
     for statement in (
         f"PRAGMA page_size = {PAGE}",
@@ -125,7 +128,7 @@ def _make(path: Path, clock: Callable[[], int]) -> None:
     new = path.with_suffix(".new")
     for left in path.parent.glob(f"{new.name}*"):
         left.unlink()
-    with closing(writing(new)) as connection:
+    with closing(writing(new, new=True)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         connection.execute(SCHEMA)
         name = f"{path.stem}-{secrets.token_hex(6)}"

@@ -39,8 +39,8 @@ class Keeper:
         self._thread = threading.Thread(target=self._run, name="log keeper", daemon=True)
         self._thread.start()
 
-    def keep(self, path: Path, connection: apsw.Connection) -> None:
-        """Tend a file that was just sealed; `connection`, which wrote it, is closed here."""
+    def keep(self, path: Path, connection: apsw.Connection | None) -> None:
+        """Tend a file that was sealed; `connection`, which wrote it, is closed here."""
         self._sealed.put((path, connection))
 
     def close(self) -> None:

@@ -335,15 +335,23 @@ class SqliteLog:
         if self._added < self.rotate_bytes // 16:
             return False
         self._added = 0
-        return bytes_of(self._path) > self.rotate_bytes
+        try:
+            return bytes_of(self._path) > self.rotate_bytes
+        except FileNotFoundError:
+            return True  # another process sealed it, and it was compacted
 
     def _advance(self) -> None:
-        """Go on to the file after a sealed one."""
+        """Go on to the newest file after a sealed one, or to a new one.
+
+        Others sealed those between, which may be compacted already: their names are never given again.
+        """
         sealed, live, head = self._path, self._live, self._head
-        self._open(file_after(sealed, self.folder))  # where it raises, nothing has changed
+        *between, newest = [path for path in log_files(self.folder) if path > sealed] or [file_after(sealed, self.folder)]
+        self._open(newest)  # where it raises, nothing has changed
         os.close(head)
-        self._older.add(sealed)
-        self._keeper.keep(sealed, live)
+        for path, connection in ((sealed, live), *((path, None) for path in between)):
+            self._older.add(path)
+            self._keeper.keep(path, connection)
 
     def _open(self, path: Path) -> None:
         head = os.open(head_file(path), os.O_RDWR | os.O_CREAT, 0o644)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +58,8 @@ def compact(
     not belong to this log: nothing is then deleted.
     """
     folder, before = settings.log, clock() - int(older_than_days * DAY_NS)
-    with alone(open_lake(settings)):
+    with ExitStack() as locks:
+        locks.enter_context(alone(open_lake(settings)))
         finish(folder)
         files = log_files(folder)
         kept: dict[str, str] = {path.name: "it is written to" for path in files[-1:]}
@@ -69,7 +70,7 @@ def compact(
                 kept[path.name] = why
             else:
                 old.append(found)
-        held = _Held(settings, {one.log_id: one.last_row for one in old})
+        held = _Held(settings, locks, {one.log_id: one.last_row for one in old})
         gone: list[Compacted] = []
         size = 0
         for done, one in enumerate(old, 1):
@@ -140,10 +141,10 @@ def _not_yet(found: Segment, indexed: bool, before_ns: int) -> str:
 
 
 class _Held:
-    """Which records the lakes of the tenants hold, each lake read once."""
+    """Which records the lakes of the tenants hold, each lake read once, and locked: no night of theirs reads the log meanwhile."""
 
-    def __init__(self, settings: Settings, last: Mapping[str, int]) -> None:
-        self.settings, self.last = settings, last
+    def __init__(self, settings: Settings, locks: ExitStack, last: Mapping[str, int]) -> None:
+        self.settings, self.locks, self.last = settings, locks, last
         self.snapshots: dict[str, str] = {}
         self._held: dict[str, dict[str, BoolArray]] = {}
 
@@ -164,6 +165,8 @@ class _Held:
             settings = self.settings
             file = msgspec.structs.replace(settings.file, tenant=tenant)
             lake: Lake = open_lake(Settings(file, settings.points, settings.folder))
+            if tenant != settings.tenant and lake.folder.exists():
+                self.locks.enter_context(alone(lake))
             snapshot = lake.snapshot()
             self.snapshots[tenant] = snapshot.id
             self._held[tenant] = held_rows(lake, snapshot, self.last)

@@ -1,10 +1,9 @@
-"""Runs nights, ingests and compactions that are harmed at a given system call: a parent that has loaded everything forks a child
-for each of them.
+"""Runs nights, ingests and compactions that are harmed at a system call: a parent that loaded everything forks a child for each.
 
 Lines on standard input, `FOLDER WORK CALL WHEN [SIGNAL]`: WORK is the date of a night, `ingest` or `compact`; its child gets the
-signal, by default SIGKILL, at its WHEN-th CALL; `- 0`: never. `count 0`: never, but count its calls. A child that SIGSTOP stopped is
-told of at once, and goes on after one more line. Answers with JSON: the child's exit status, negative for a signal, null for one that
-is stopped, and how many calls of each kind one of its threads made at most.
+signal, by default SIGKILL, at its WHEN-th CALL; `- 0`: never. `count 0`: never, but count its calls. A child that SIGSTOP stopped
+is told of at once, and goes on after one more line. Answers with JSON: the child's exit status, negative for a signal, null for one
+that is stopped, and how many calls of each kind one of its threads made at most.
 """
 
 from __future__ import annotations

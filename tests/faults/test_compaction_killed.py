@@ -13,15 +13,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import apsw
 import pytest
 
 from bandits.log.files import COMPACTED, log_files
+from bandits.log.files import writing as connected
 from bandits.log.keys import open_keys, unindexed
 from bandits.log.port import Stored
 from bandits.log.segments import find, gaps, records
 from bandits.log.sqlite import SqliteLog
 from pipelines.log.audit import audit
-from pipelines.log.compact import noted
+from pipelines.log.compact import compact, noted
 from pipelines.log.held import TABLES
 from pipelines.nightly.lake import CURRENT, open_lake
 from pipelines.nightly.settings import Settings
@@ -33,7 +35,7 @@ from tests.nightly.events import records as rows
 from tests.nightly.events import reward, settings, shown
 from tests.nightly.logged import append, entries
 
-pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 
 FULL = "PROPEL_KILLS" in os.environ
 CALLS = ("write", "pwrite64", "fsync", "fdatasync", "ftruncate", "rename", "unlink")
@@ -57,11 +59,11 @@ def lakes(folder: Path) -> list[Settings]:
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A log of three sealed files, all in the lakes of two tenants, and one that is written to."""
+    """A log of two sealed files, all in the lakes of two tenants, and one that is written to."""
     folder = tmp_path_factory.mktemp("before") / "folder"
     later = entries([], [reward(f"d{at:02d}", at / 100, at=at + 30) for at in range(30)], [shown("d01", "a", at=9)])
     aside = entries([], [reward("nobody", at=5), reward("d01", 0.5, at=40)], quarantined=[reward("d02", 9.0, at=40)])
-    groups = (iter(OURS[:20]), iter([*OURS[20:], *THEIRS, *later]), aside, iter(LATEST))
+    groups = (iter(OURS[:20]), iter([*OURS[20:], *THEIRS, *later, *aside]), iter(LATEST))
     config = lakes(folder)[0]
     append(config.log, *groups, apart=True)
     for each in lakes(folder):
@@ -114,6 +116,7 @@ def end(folder: Path) -> dict[str, object]:
     }
 
 
+@needs_strace
 def test_a_killed_compaction_loses_and_doubles_nothing_and_is_finished_by_the_next(
     serving: Parent, before: Path, tmp_path: Path
 ) -> None:
@@ -124,7 +127,7 @@ def test_a_killed_compaction_loses_and_doubles_nothing_and_is_finished_by_the_ne
     status, calls = serving.run(undisturbed, "compact", "count")
     assert status == 0
     expected = end(undisturbed)
-    assert (expected["files"], expected["beside"]) == (["log-00000004.sqlite"], [])
+    assert (expected["files"], expected["beside"]) == (["log-00000003.sqlite"], [])
     check(undisturbed, every)
     points = [(call, when) for call in CALLS for when in range(1, calls[call] + 1)]
     if not FULL:
@@ -163,6 +166,7 @@ def sealed_and_indexed(log: Path) -> int:
         return len(log_files(log)) - 1 - len(unindexed(keys, log))
 
 
+@needs_strace
 def test_compaction_beside_a_log_that_is_written_to_loses_nothing(serving: Parent, tmp_path: Path) -> None:
     """Ingest, a compaction that is killed, and one that is not, again and again, while files fill and repeats are asked for."""
     config, ledger = lakes(tmp_path)[0], tmp_path / "ledger"
@@ -192,3 +196,35 @@ def test_compaction_beside_a_log_that_is_written_to_loses_nothing(serving: Paren
         f"all asked for again in {time.monotonic() - began:.1f} s"
     )
     assert kills
+
+
+@pytest.mark.parametrize("wrote", [False, True])
+def test_a_process_that_was_idle_while_its_file_was_compacted_goes_on_in_the_newest(wrote: bool, tmp_path: Path) -> None:
+    """Not in one whose number is used up: the index and the note say of it what is true of another. `wrote`: at all, before."""
+    config = lakes(tmp_path)[0]
+    with closing(SqliteLog(config.log, reserve=1)) as idle, closing(SqliteLog(config.log, reserve=1, rotate_bytes=1)) as busy:
+        if wrote:
+            idle.append([entry_of("early")])
+        for one in OURS[:4]:
+            busy.append([one])
+        take(config)
+        (first, *_), files = log_files(config.log), set(log_files(config.log))
+
+        def gone() -> bool:
+            compact(config, older_than_days=0)
+            return not first.exists()
+
+        wait_until(gone)
+        used_up = files - set(log_files(config.log))
+        assert idle.append([entry_of("late")])[0].state == "stored"
+        assert repeated(idle, *OURS[:4])
+        assert not used_up & set(log_files(config.log))
+    compact(config, older_than_days=0)
+    assert find(config.log, entry_of("late").key) is not None
+    assert audit(config, attempted=["late"], acknowledged=["late"]).findings == []
+
+
+def test_a_file_that_is_gone_does_not_come_back_when_it_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(apsw.CantOpenError):
+        connected(tmp_path / "log-00000001.sqlite")
+    assert not list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ import pytest
 
 from bandits.backup import Saved, Source, back_up, read_manifest, restore
 from bandits.log.files import head_file, log_files, reading, writing
+from bandits.log.keys import open_keys, unindexed
 from bandits.log.port import Entry, Kind, Outcome, decision_key
 from bandits.log.segments import find, gaps, records, segment
 from bandits.log.sqlite import SqliteLog
@@ -229,6 +230,8 @@ def test_a_log_of_which_all_but_an_empty_file_is_compacted(service: Path, tmp_pa
     log = SqliteLog(logged, rotate_seconds=0.01, reserve=1)
     log.append([entry_of("one")])
     within(10, lambda: len(log_files(logged)) == 2)  # sealed while nobody writes
+    with closing(open_keys(logged)) as keys:
+        within(10, lambda: not unindexed(keys, logged))
     log.close()
     (logged / "compacted.jsonl").write_text('{"file": 1}\n')
     log_files(logged)[0].unlink()
