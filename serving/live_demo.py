@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bandits.simulators.payments import DAY, World
-from bandits.simulators.payments import POINT as PAYMENTS
+from bandits.simulators.payments import DAY, Payments, World
+from bandits.simulators.payments import POINT as DECISION_POINT
 from ope.data import InputError
 from ope.intervals import normal_quantile
 from serving.client import AsyncClient, read_defaults
@@ -37,9 +38,6 @@ from serving.simulated import PATIENCE, POINT, Driven, drive, note
 
 SECOND = 1e-4
 """Seconds that a second of the world takes: a day lasts 8.64."""
-
-WINDOW = 10.0
-"""Seconds after a decision within which its result comes: those of a day, and some for the way."""
 
 SETTINGS = f"""\
 # Settings of the demo: windows are seconds here, so that a day's rewards are complete at once.
@@ -89,11 +87,11 @@ class Live:
     """That each part took."""
 
 
-def run_live(out: Path, console: Console, *, payments: int = 6000, seed: int = 0) -> int:
+def run_live(out: Path, console: Console, *, payments: int = 10_000, seed: int = 0, second: float = SECOND) -> int:
     """Run it all, and print what came of it; 0 where the winner was promoted, and 3 where a guard rail said no."""
     folder = out / "live"
     shutil.rmtree(folder, ignore_errors=True)
-    made = prepare(folder)
+    made = prepare(folder, second)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("Starting", total=None)
@@ -101,7 +99,7 @@ def run_live(out: Path, console: Console, *, payments: int = 6000, seed: int = 0
         def show(what: str, done: int = 0, total: int | None = None) -> None:
             progress.update(task, description=what, completed=done, total=total)
 
-        found = live(made, folder, payments, seed, show)
+        found = live(made, folder, payments, seed, second, show)
     (folder / "live.json").write_text(json.dumps(to_record(found), indent=2) + "\n")
     console.print(table(found))
     for line in lines(found):
@@ -110,19 +108,24 @@ def run_live(out: Path, console: Console, *, payments: int = 6000, seed: int = 0
     return 0 if found.promotion["promoted"] else 3
 
 
-def prepare(folder: Path) -> Made:
+def window(second: float) -> float:
+    """Seconds after a decision within which its result comes: those of a day, and some for the way."""
+    return round(1.1 * DAY * second + 0.5, 1)
+
+
+def prepare(folder: Path, second: float = SECOND) -> Made:
     """A folder from which the service starts on a free port, with the payments' decision point."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     made = initialise(folder, port)
     (folder / "ad-load.toml").unlink()
-    (folder / f"{POINT}.toml").write_text(PAYMENTS.replace(f"window_seconds = {DAY}", f"window_seconds = {WINDOW}"))
+    (folder / f"{POINT}.toml").write_text(DECISION_POINT.replace(f"window_seconds = {DAY}", f"window_seconds = {window(second)}"))
     made.config.write_text(SETTINGS.format(port=port))
     return made
 
 
-def live(made: Made, folder: Path, payments: int, seed: int, show: Callable[..., None]) -> Live:
+def live(made: Made, folder: Path, payments: int, seed: int, second: float, show: Callable[..., None]) -> Live:
     """Both days, and the night between them. `show` is told what is being worked on."""
     world, rng, seconds = World.draw(seed), np.random.default_rng([seed, 1]), dict[str, float]()
 
@@ -135,7 +138,15 @@ def live(made: Made, folder: Path, payments: int, seed: int, show: Callable[...,
 
     with serving(made, folder):
         with part("day 1", "Day 1: payments are routed evenly"):
-            first = a_day(made, folder, world, payments, rng, lambda done, total: show("Day 1: payments", done, total))
+            first = a_day(
+                made,
+                folder,
+                world.payments(payments, rng),
+                world,
+                rng,
+                second,
+                lambda done, total: show("Day 1: payments", done, total),
+            )
         with part("night", "Night: ingest, join, certify, train, evaluate, select, report"):
             report = command(folder, "nightly", "--from", _text(first.since), "--to", _text(first.until))["report"]["snapshot_id"]
         with part("promotion", "Promoting the winner"):
@@ -144,10 +155,18 @@ def live(made: Made, folder: Path, payments: int, seed: int, show: Callable[...,
                 wait_for_policy(made, promotion["policy"])
         with part("day 2", "Day 2: payments are routed by the winner"):
             tomorrow = world.drifted(rng, 0.0)
-            second = a_day(made, folder, tomorrow, payments, rng, lambda done, total: show("Day 2: payments", done, total))
+            then = a_day(
+                made,
+                folder,
+                tomorrow.payments(payments, rng),
+                tomorrow,
+                rng,
+                second,
+                lambda done, total: show("Day 2: payments", done, total),
+            )
     with part("replay", "Replaying every decision"):
         replay, audit = command(folder, "log", "replay"), command(folder, "log", "audit", "--ledger", str(folder / "ledger.jsonl"))
-    return Live(first, promotion, second, replay, audit, seconds)
+    return Live(first, promotion, then, replay, audit, seconds)
 
 
 @contextlib.contextmanager
@@ -170,19 +189,25 @@ def serving(made: Made, folder: Path) -> Iterator[None]:
 
 
 def a_day(
-    made: Made, folder: Path, world: World, payments: int, rng: np.random.Generator, progress: Callable[[int, int], object]
+    made: Made,
+    folder: Path,
+    payments: Payments,
+    world: World,
+    rng: np.random.Generator,
+    second: float,
+    progress: Callable[[int, int], object],
 ) -> Day:
     """A day's payments, until the windows of all of them are closed."""
 
     async def driven() -> Driven:
         async with AsyncClient(made.url, made.key, read_defaults([folder / f"{POINT}.toml"]), PATIENCE) as client:
-            return await drive(client, world, today, rng, second=SECOND, progress=progress)
+            return await drive(client, world, payments, rng, second=second, progress=progress)
 
-    today, since = world.payments(payments, rng), dt.datetime.now(dt.UTC)
+    since = dt.datetime.now(dt.UTC)
     found = asyncio.run(driven())
-    time.sleep(WINDOW * 0.2 + 0.1)  # the last decision is a world's day old already: all of its results came
+    time.sleep(max(0.0, found.last + window(second) + 0.1 - time.monotonic()))
     note(found, folder / "ledger.jsonl")
-    return Day(since, dt.datetime.now(dt.UTC), found, found.true(world, today))
+    return Day(since, dt.datetime.now(dt.UTC), found, found.true(world, payments))
 
 
 def command(folder: Path, *words: str) -> Any:
@@ -229,12 +254,13 @@ def prediction(found: Live, level: float = 0.95) -> tuple[float, float] | None:
 def table(found: Live) -> Table:
     """Day 1, the forecast, and day 2 beside it."""
     first, second, estimate, ends = found.first, found.second, found.promotion["estimate"], prediction(found)
+    promoted = found.promotion["promoted"]
     shown = Table("", "authorised", "95 % interval", "truly")
     shown.add_row(f"day 1: {_policies(first.driven)}", *_mean(first.driven), f"{first.true:.4f}")
-    if estimate is not None and ends is not None:
+    if promoted and estimate is not None and ends is not None:
         shown.add_row("day 2, as it was forecast", f"{estimate['value']:.4f}", f"{ends[0]:.4f} to {ends[1]:.4f} (prediction)", "")
     shown.add_row(f"day 2: {_policies(second.driven)}", *_mean(second.driven), f"{second.true:.4f}", end_section=True)
-    if (change := found.promotion["difference"]) is not None and change["value"] is not None:
+    if promoted and (change := found.promotion["difference"]) is not None:
         shown.add_row("day 2 less day 1, as it was forecast", *_interval(change["value"], change["low"], change["high"], "+"), "")
     gain = second.driven.rate - first.driven.rate
     half = normal_quantile(0.95) * float(np.hypot(first.driven.stderr, second.driven.stderr))
@@ -247,7 +273,7 @@ def lines(found: Live) -> list[str]:
     promoted, ends, replayed, audit = found.promotion["promoted"], prediction(found), found.replay["replayed"], found.audit
     said = "promoted: its certificate passed, and the lower bound of its difference on fold B is above the tolerance."
     text = [f"The night's winner was {said if promoted else 'not promoted: ' + ' '.join(found.promotion['reasons'])}"]
-    if ends is not None:
+    if promoted and ends is not None:
         inside = ends[0] <= found.second.driven.rate <= ends[1]
         text.append(f"Day 2 lies {'inside' if inside else 'outside'} the 95 % prediction interval that was made before it.")
     return [

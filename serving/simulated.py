@@ -49,6 +49,8 @@ class Driven:
     rewards_lost: int = 0
     """Results that the service refused."""
     seconds: float = 0.0
+    last: float = 0.0
+    """When the last of them was decided on, as `time.monotonic` counts."""
 
     @property
     def rate(self) -> float:
@@ -123,7 +125,7 @@ async def drive(
             found = await asyncio.gather(*map(decide, rows))
             action = np.array([PLACES[one.action] for one in found])
             came = results(world, payments.take(np.array(rows)), action, rng, second=second)
-            now = time.monotonic()
+            now = driven.last = time.monotonic()
             for one, good, after in zip(found, came.authorised.tolist(), came.after.tolist(), strict=True):
                 _keep(driven, one, good)
                 reward = RewardRequest(decision_id=one.decision_id, token=one.token, name=REWARD, value=float(good))

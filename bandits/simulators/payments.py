@@ -218,7 +218,7 @@ class Results:
 def results(world: World, payments: Payments, action: IntArray, rng: np.random.Generator, *, second: float = 1.0) -> Results:
     """What comes of the routes taken (n,): most results after about 2 s, a few after 1 to 24 hours; a few chargebacks after months.
 
-    `second`: how long a second of the world takes, such as 1e-4 where a day is to pass in 9 s.
+    `second`: how long a second of the world takes, such as 1e-4 where a day is to pass in 9 s, or 0 where nothing is late.
     Raises InputError for a route that may not be tried.
     """
     rows = np.arange(len(payments))
@@ -229,5 +229,5 @@ def results(world: World, payments: Payments, action: IntArray, rng: np.random.G
     slow = rng.random(len(payments)) < SLOW
     after = np.where(slow, rng.uniform(3600, DAY, len(payments)), rng.exponential(2.0, len(payments)))
     charged_back = authorised & (rng.random(len(payments)) < CHARGEBACKS)
-    back = np.where(charged_back, rng.uniform(30 * DAY, 120 * DAY, len(payments)), np.inf)
-    return Results(authorised, after * second, back * second)
+    back = np.where(charged_back, rng.uniform(30 * DAY, 120 * DAY, len(payments)) * second, np.inf)
+    return Results(authorised, after * second, back)

@@ -100,7 +100,7 @@ def _of_estimates(difference: Record | None, estimate: Record | None, tolerance:
     if difference["low"] <= -tolerance:
         found.append(
             f"It may be worse: the lower bound of its difference on fold B is {difference['low']:+.4g}; "
-            f"expected above {-tolerance:g} (evaluate.tolerance)."
+            f"expected above {0.0 - tolerance:g} (evaluate.tolerance)."
         )
     return found
 
@@ -112,7 +112,7 @@ def _of_registry(dp: str, digest: str | None, registry: Registry) -> list[str]:
     pointer = registry.pointer(dp)
     if pointer.digest == digest:
         return ["It is served already."]
-    return ["The decision point is frozen: see `propel policy ledger`."] if pointer.frozen else []
+    return [f"The decision point is frozen: `propel policy freeze {dp} --off` lifts that."] if pointer.frozen else []
 
 
 def _known(row: Record | None) -> bool:

@@ -31,7 +31,7 @@ from tests.nightly.events import records
 from tests.once import once
 from tests.verify.closed_loop import DAYS, SALT, live_a_day, prepare, run
 
-PAYMENTS = 4000
+PAYMENTS = 5000
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def first_night(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def make() -> Path:
         folder = tmp_path_factory.mktemp("loop") / "shop"
         settings = prepare(folder)
-        live_a_day(World.draw(0), settings.points[0], Uniform(), UNIFORM, DAYS[0], folder, np.random.default_rng(1), PAYMENTS)
+        live_a_day(World.draw(5), settings.points[0], Uniform(), UNIFORM, DAYS[0], folder, np.random.default_rng(1), PAYMENTS)
         nightly(DAYS[0], settings)
         return folder
 
@@ -68,7 +68,7 @@ def changed(mart: Mart, table: str, **columns: Any) -> Mart:
     return dataclasses.replace(mart, tables={**mart.tables, table: found})
 
 
-@pytest.mark.parametrize("seed", [0, 5])
+@pytest.mark.parametrize("seed", [1, 5])
 def test_the_second_day_earns_what_was_forecast(seed: int, tmp_path: Path) -> None:
     """Within 4 standard errors of forecast and second day together; and more than the first, by more than 4 of theirs."""
     found = run(seed, tmp_path / "loop", PAYMENTS)
@@ -105,7 +105,7 @@ def test_a_dry_run_promotes_nothing(shop: Settings) -> None:
         ("certificates", {"verdict": "warn"}, "The certificate of uniform@builtin says warn: "),
         ("certificates", {"weight_mean": 1.5}, "The certificate of uniform@builtin is not what was signed."),
         ("certificates", {"day": "2026-11-01"}, "The date has no certificate."),
-        ("differences", {"low": 0.0}, "It may be worse: the lower bound of its difference on fold B is +0; expected above -0 "),
+        ("differences", {"low": 0.0}, "It may be worse: the lower bound of its difference on fold B is +0; expected above 0 "),
         ("differences", {"verdict": "caution"}, "The verdict on its difference is caution: "),
         ("differences", {"certified": False}, "Its difference stands on rows without a passed certificate."),
         ("estimates", {"verdict": "caution"}, "The verdict on its value is caution: "),
@@ -125,7 +125,7 @@ def test_a_frozen_decision_point_stays_as_it_is(shop: Settings) -> None:
     registry = Registry(shop.folder / "registry")
     registry.freeze("payments", who="test", why="test")
     (found,) = promote(mart_of(shop), shop)
-    assert found.reasons == ("The decision point is frozen: see `propel policy ledger`.",)
+    assert found.reasons == ("The decision point is frozen: `propel policy freeze payments --off` lifts that.",)
 
 
 def test_every_decision_of_the_day_replays(shop: Settings) -> None:

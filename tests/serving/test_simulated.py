@@ -19,7 +19,7 @@ from bandits.log.port import Kind
 from bandits.log.segments import records
 from bandits.simulators.payments import World
 from propel import app
-from serving.live_demo import POINT, WINDOW, prepare, run_live, serving
+from serving.live_demo import POINT, prepare, run_live, serving, window
 
 PAYMENTS = 400
 
@@ -70,7 +70,7 @@ def test_the_point_that_is_asked_can_be_printed(tmp_path: Path) -> None:
 def test_the_live_demo_from_its_first_payment_to_the_last_replay(tmp_path: Path) -> None:
     """1,000 payments a day are few to promote by: what must hold is that both days and the night between them are whole."""
     console = Console(record=True, width=120, quiet=True)
-    status = run_live(tmp_path, console, payments=1000)
+    status = run_live(tmp_path, console, payments=1000, second=1e-5)
     found = json.loads((tmp_path / "live" / "live.json").read_text())
     assert status == (0 if found["promotion"]["promoted"] else 3)
     assert found["replay"]["replayed"] == {"actions": 1.0, "shares": 1.0}
@@ -80,4 +80,4 @@ def test_the_live_demo_from_its_first_payment_to_the_last_replay(tmp_path: Path)
     for day in ("day 1", "day 2"):
         assert abs(found[day]["authorised"] - found[day]["true"]) < 4 * found[day]["stderr"]
     point = read_decision_point(tmp_path / "live" / f"{POINT}.toml")
-    assert point.rewards[0].window_seconds == WINDOW
+    assert point.rewards[0].window_seconds == window(1e-5) == 1.5

@@ -147,11 +147,12 @@ def decided(
     cards = rng.integers(0, CARDS, len(payments))
     requests = [
         {
+            "decision_id": f"payment-{time}",  # not a random one: so a seed draws the same actions every time
             "context": context,
             "unit": f"card-{card}",
             "actions": [{"id": name} for name, may in zip(ACTIONS, row, strict=True) if may],
         }
-        for context, card, row in zip(payments.contexts(), cards, payments.eligible.tolist(), strict=True)
+        for time, context, card, row in zip(times.tolist(), payments.contexts(), cards, payments.eligible.tolist(), strict=True)
     ]
     found: list[Decision] = []
     for start in range(0, len(requests), 100):
