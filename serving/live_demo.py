@@ -138,15 +138,7 @@ def live(made: Made, folder: Path, payments: int, seed: int, second: float, show
 
     with serving(made, folder):
         with part("day 1", "Day 1: payments are routed evenly"):
-            first = a_day(
-                made,
-                folder,
-                world.payments(payments, rng),
-                world,
-                rng,
-                second,
-                lambda done, total: show("Day 1: payments", done, total),
-            )
+            first = a_day(made, folder, world.payments(payments, rng), world, rng, second, partial(show, "Day 1: payments"))
         with part("night", "Night: ingest, join, certify, train, evaluate, select, report"):
             report = command(folder, "nightly", "--from", _text(first.since), "--to", _text(first.until))["report"]["snapshot_id"]
         with part("promotion", "Promoting the winner"):
@@ -155,15 +147,7 @@ def live(made: Made, folder: Path, payments: int, seed: int, second: float, show
                 wait_for_policy(made, promotion["policy"])
         with part("day 2", "Day 2: payments are routed by the winner"):
             tomorrow = world.drifted(rng, 0.0)
-            then = a_day(
-                made,
-                folder,
-                tomorrow.payments(payments, rng),
-                tomorrow,
-                rng,
-                second,
-                lambda done, total: show("Day 2: payments", done, total),
-            )
+            then = a_day(made, folder, tomorrow.payments(payments, rng), tomorrow, rng, second, partial(show, "Day 2: payments"))
     with part("replay", "Replaying every decision"):
         replay, audit = command(folder, "log", "replay"), command(folder, "log", "audit", "--ledger", str(folder / "ledger.jsonl"))
     return Live(first, promotion, then, replay, audit, seconds)

@@ -91,7 +91,7 @@ def test_a_date_that_is_not_over_is_refused(night: tuple[Path, Result]) -> None:
     for words in ((), ("--dry-run",)):
         result = run(folder, "nightly", *words, date=dt.datetime.now(dt.UTC).date())
         assert result.exit_code == 2
-        assert "expected a moment that is over" in result.stderr
+        assert "expected that to be over: wait" in result.stderr
 
 
 @pytest.mark.parametrize("date", ["0001-01-01", "9999-12-31"])
