@@ -40,9 +40,6 @@ MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 FORMATS = {"policy.json": "json", "arrays.npz": "npz", "golden.npz": "npz"}
 """Every file of an artifact beside the manifest and its signature."""
 
-TRIAL = "import os; os.nice(5); from bandits.trial import trial; raise SystemExit(trial())"
-"""What the child runs. It gives way to whoever serves, from before it imports anything."""
-
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -199,7 +196,7 @@ def load_artifact(path: Path, public_key: Ed25519PublicKey, digest: str, limits:
 
 def try_in_child(files: Mapping[str, bytes], source: str, limits: Limits = Limits()) -> None:
     """Build the policy and answer the golden requests in a child with limits. Raises InputError where that fails or dies."""
-    command = [sys.executable, "-c", TRIAL, str(limits.memory_bytes), str(limits.seconds)]
+    command = [sys.executable, "-m", "bandits.trial", str(limits.memory_bytes), str(limits.seconds)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     payload = msgspec.msgpack.encode({name: files[name] for name in FORMATS})
     try:
