@@ -182,14 +182,21 @@ def _check_actions(judge: _Judge, table: pa.Table, points: Mapping[str, Decision
             row, _, position = action_positions(table, catalogue)
             unknown = np.bincount(row, weights=position < 0, minlength=n) > 0
             judge.reject(unknown & of_point, f"actions: expected those of the catalogue of {name}")
-    row, _, code = action_positions(table, tuple(sorted(set(pc.unique(actions.flatten()).drop_null().to_pylist()))))
-    pairs = row * (int(code.max(initial=0)) + 1) + code
-    ordered = np.sort(pairs)
-    if (ordered[1:] == ordered[:-1]).any():
-        _, first = np.unique(pairs, return_index=True)
-        again = np.setdiff1d(np.arange(len(pairs)), first)
-        judge.reject(np.bincount(row[again], minlength=n) > 0, "actions: expected distinct ones")
+    judge.reject(_repeats(actions, row_of), "actions: expected distinct ones")
     _check_shares(judge, table, lengths, chosen)
+
+
+def _repeats(actions: pa.ListArray, row: IntArray) -> BoolArray:
+    """Which of n lists have a text twice; `row`: of each text."""
+    code = actions.flatten().dictionary_encode().indices.fill_null(-1).to_numpy().astype(np.int64)
+    falls = np.flatnonzero((code[1:] <= code[:-1]) & (row[1:] == row[:-1]))
+    found = np.zeros(len(actions), dtype=np.bool_)
+    if len(falls):  # codes are given as texts appear: lists in one order always rise, and need no sorting
+        doubtful = np.zeros(len(actions), dtype=np.bool_)
+        doubtful[row[falls]] = True
+        pairs = np.sort((row * (code.max() + 2) + code)[doubtful[row]])
+        found[pairs[1:][pairs[1:] == pairs[:-1]] // (code.max() + 2)] = True
+    return found
 
 
 def _check_shares(judge: _Judge, table: pa.Table, lengths: IntArray, chosen: IntArray) -> None:
