@@ -37,7 +37,7 @@ def drawn(specs: Mapping[str, Spec]) -> dict[str, str]:
     if not specs:
         return {}
     found = subprocess.run(  # this interpreter, with a module of ours
-        [sys.executable, "-m", "pipelines.draw"],
+        [sys.executable, "-P", "-m", "pipelines.draw"],
         input=json.dumps(list(specs.values())),
         capture_output=True,
         text=True,

@@ -125,6 +125,7 @@ def kill_after(day: dt.date, settings: Settings) -> None:
     lake = open_lake(settings)
     command = [
         sys.executable,
+        "-P",
         "-m",
         "propel",
         "nightly",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Annotated
@@ -71,17 +72,16 @@ def simulate(
         from bandits.simulators.payments import POINT
         from ope.data import InputError
         from serving.client import ClientError
-        from serving.simulated import note, simulated
+        from serving.simulated import noting, simulated
 
         if print_point:
             typer.echo(POINT.strip())
             return
         try:
-            driven, true = simulated(url, key, payments, seed, drift, second)
+            with contextlib.nullcontext() if ledger is None else noting(ledger) as noted:
+                driven, true = simulated(url, key, payments, seed, drift, second, noted)
         except ClientError as error:
             raise InputError(f"{url}: found {error}; expected a service with the decision point of --print-point") from None
-        if ledger is not None:
-            note(driven, ledger)
     told = {
         "payments": len(driven.served), "served": sum(driven.served), "authorised": driven.rate, "stderr": driven.stderr,
         "true": true, "seconds": round(driven.seconds, 2),

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,10 @@ from ope.data import InputError
 from ope.intervals import normal_quantile
 from serving.client import AsyncClient, read_defaults
 from serving.setup import Made, initialise
-from serving.simulated import PATIENCE, POINT, Driven, drive, note
+from serving.simulated import PATIENCE, POINT, Driven, drive, noting
+
+PROPEL = (sys.executable, "-P", "-m", "propel")
+"""-P: a folder called propel where the demo was started is not taken for it."""
 
 SECOND = 1e-4
 """Seconds that a second of the world takes: a day lasts 8.64."""
@@ -90,10 +94,10 @@ class Live:
 def run_live(out: Path, console: Console, *, payments: int = 10_000, seed: int = 0, second: float = SECOND) -> int:
     """Run it all, and print what came of it; 0 where the winner was promoted, and 3 where a guard rail said no."""
     folder = out / "live"
-    shutil.rmtree(folder, ignore_errors=True)
+    clear(folder)
     made = prepare(folder, second)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with _told_to_end(), Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("Starting", total=None)
 
         def show(what: str, done: int = 0, total: int | None = None) -> None:
@@ -106,6 +110,29 @@ def run_live(out: Path, console: Console, *, payments: int = 10_000, seed: int =
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"\nAll of it is in {folder}: settings, log, lake, registry, reports, live.json.", soft_wrap=True)
     return 0 if found.promotion["promoted"] else 3
+
+
+@contextlib.contextmanager
+def _told_to_end() -> Iterator[None]:
+    """SIGTERM ends the demo as an exception does: its service ends, too."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def clear(folder: Path) -> None:
+    """Delete what an earlier demo made. Raises InputError for a folder that holds something else."""
+    if not folder.exists():
+        return
+    if not (folder / f"{POINT}.toml").is_file() or not (folder / "propel.toml").is_file():
+        raise InputError(f"{folder}: found something that no earlier demo made; expected a folder of its own: give another --out")
+    shutil.rmtree(folder)
 
 
 def window(second: float) -> float:
@@ -157,17 +184,25 @@ def live(made: Made, folder: Path, payments: int, seed: int, second: float, show
 def serving(made: Made, folder: Path) -> Iterator[None]:
     """The service, in a process of its own, ready; ended afterwards. Raises InputError where it does not start or end well."""
     with (folder / "serve.log").open("wb") as told:
-        process = subprocess.Popen([sys.executable, "-m", "propel", "serve", "--config", str(made.config)], stderr=told)  # noqa: S603
+        process = subprocess.Popen([*PROPEL, "serve", "--config", str(made.config)], stderr=told)  # noqa: S603
     try:
         until = time.monotonic() + 60
         while get(made, "/readyz")[0] != 200:
             if process.poll() is not None or time.monotonic() > until:
-                raise InputError(f"the service did not start; expected it ready within 60 s: see {folder / 'serve.log'}")
+                said = (folder / "serve.log").read_text(errors="replace").strip().splitlines()[-1:]
+                raise InputError(
+                    f"the service is not ready (status {process.poll()}: {''.join(said)[:300]}); expected it within 60 s: "
+                    f"see {folder / 'serve.log'}"
+                )
             time.sleep(0.05)
         yield
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=30)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
     if process.returncode:
         raise InputError(f"the service ended with status {process.returncode}; expected 0: see {folder / 'serve.log'}")
 
@@ -185,18 +220,18 @@ def a_day(
 
     async def driven() -> Driven:
         async with AsyncClient(made.url, made.key, read_defaults([folder / f"{POINT}.toml"]), PATIENCE) as client:
-            return await drive(client, world, payments, rng, second=second, progress=progress)
+            return await drive(client, world, payments, rng, second=second, ledger=ledger, progress=progress)
 
     since = dt.datetime.now(dt.UTC)
-    found = asyncio.run(driven())
+    with noting(folder / "ledger.jsonl") as ledger:
+        found = asyncio.run(driven())
     time.sleep(max(0.0, found.last + window(second) + 0.1 - time.monotonic()))
-    note(found, folder / "ledger.jsonl")
     return Day(since, dt.datetime.now(dt.UTC), found, found.true(world, payments))
 
 
 def command(folder: Path, *words: str) -> Any:
     """What a command of `propel` prints as JSON. Raises InputError where it fails; to find something to say is no failure."""
-    line = [sys.executable, "-m", "propel", *words, "--config", str(folder / "propel.toml"), "--json"]
+    line = [*PROPEL, *words, "--config", str(folder / "propel.toml"), "--json"]
     ran = subprocess.run(line, capture_output=True, text=True, check=False)  # noqa: S603
     if ran.returncode not in (0, 3):
         raise InputError(f"propel {' '.join(words)} ended with status {ran.returncode}: {ran.stderr.strip()[-2000:]}")

@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
 from bandits.simulators.payments import ACTIONS, Payments, World, results
-from ope.data import FloatArray
+from ope.data import FloatArray, InputError
 from serving.client import Action, AsyncClient, Decided, Patience, RefusedError, RewardRequest
 
 POINT, REWARD = "payments", "authorised"
@@ -67,7 +68,9 @@ class Driven:
         return world.value(payments, np.stack(self.vectors))
 
 
-def simulated(url: str, key: str, payments: int, seed: int, drift: float, second: float) -> tuple[Driven, float]:
+def simulated(
+    url: str, key: str, payments: int, seed: int, drift: float, second: float, ledger: TextIO | None = None
+) -> tuple[Driven, float]:
     """A stretch of payments of one world, and the share that the policies which decided truly authorise of them.
 
     Raises ClientError where the service refuses, or does not answer.
@@ -78,19 +81,18 @@ def simulated(url: str, key: str, payments: int, seed: int, drift: float, second
 
     async def driven() -> Driven:
         async with AsyncClient(url, key, patience=PATIENCE) as client:
-            return await drive(client, world, some, rng, second=second)
+            return await drive(client, world, some, rng, second=second, ledger=ledger)
 
     found = asyncio.run(driven())
     return found, found.true(world, some)
 
 
-def note(driven: Driven, ledger: Path) -> None:
-    """Append what was asked, and whether it was answered, to a file that `propel log audit --ledger` reads."""
-    with ledger.open("a") as file:
-        file.writelines(
-            json.dumps({"decision_id": id_, "acknowledged": served}) + "\n"
-            for id_, served in zip(driven.decision_id, driven.served, strict=True)
-        )
+def noting(ledger: Path) -> TextIO:
+    """A file that `propel log audit --ledger` reads, to append to. Raises InputError where there can be none."""
+    try:
+        return ledger.open("a", buffering=1)
+    except OSError as error:
+        raise InputError(f"{ledger}: {error.strerror}; expected a file that can be written to: name another") from None
 
 
 async def drive(
@@ -100,11 +102,13 @@ async def drive(
     rng: np.random.Generator,
     *,
     second: float = 1.0,
+    ledger: TextIO | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Driven:
     """Route every payment as the service says, and report its result when it is known.
 
-    `second`: seconds that a second of the world takes. Returns once every result is reported.
+    `second`: seconds that a second of the world takes. `ledger`: where decisions are noted as they come, and whether they were
+    served. Returns once every result is reported.
     """
     driven, started = Driven(), time.monotonic()
     coming: list[tuple[float, int, RewardRequest]] = []
@@ -128,6 +132,8 @@ async def drive(
             now = driven.last = time.monotonic()
             for one, good, after in zip(found, came.authorised.tolist(), came.after.tolist(), strict=True):
                 _keep(driven, one, good)
+                if ledger is not None:
+                    ledger.write(json.dumps({"decision_id": one.decision_id, "acknowledged": one.served}) + "\n")
                 reward = RewardRequest(decision_id=one.decision_id, token=one.token, name=REWARD, value=float(good))
                 heapq.heappush(coming, (now + after, len(driven.served), reward))
             progress(len(driven.served), len(payments))

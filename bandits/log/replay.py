@@ -212,7 +212,11 @@ def _draw_alike(path: Path, alike: Sequence[tuple[int, Drawn]], u: IntArray, res
 
 
 def _decide_again(path: Path, some: Sequence[tuple[int, bytes]], judge: Judges, result: Replayed) -> None:
-    asked = _decoded(path, some, msgspec.json.Decoder(Asked).decode, lambda text: None)
+    def unreadable(text: str) -> None:
+        if text not in result.wrong:  # what L1 could not read either is told already
+            result.tell(text)
+
+    asked = _decoded(path, some, msgspec.json.Decoder(Asked).decode, unreadable)
 
     def kind(one: tuple[int, Asked]) -> tuple[str, str, int]:
         return one[1].policy, one[1].decision_point, len(one[1].actions)

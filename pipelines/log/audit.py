@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -14,10 +15,10 @@ import pyarrow.compute as pc
 from bandits.log.files import log_files, number_of
 from bandits.log.keys import look_up, open_keys
 from bandits.log.port import Kind, Stored, decision_key
-from bandits.log.segments import Segment, gaps, records, segment
-from ope.data import BoolArray, IntArray
-from pipelines.log.compact import noted
-from pipelines.log.held import held_rows, read_until
+from bandits.log.segments import DamagedError, Segment, gaps, records, segment
+from ope.data import BoolArray, InputError, IntArray
+from pipelines.log.compact import Compacted, noted, of_tenant
+from pipelines.log.held import TABLES, held_rows, read_until
 from pipelines.nightly.lake import Lake, Snapshot, open_lake
 from pipelines.nightly.settings import Settings
 
@@ -87,14 +88,25 @@ def audit(
     Raises InputError where a file, the note of what was compacted, or a partition of the lake cannot be read.
     """
     result, folder, lake = Audit(), settings.log, open_lake(settings)
-    snapshot, files = lake.snapshot(), [segment(path) for path in log_files(folder)]
-    last = {one.log_id: one.last_row for one in files}
-    held, until = held_rows(lake, snapshot, last), read_until(lake, snapshot, last)
+    snapshot, gone, files = lake.snapshot(), noted(folder), list[Segment]()
+    for path in log_files(folder):
+        try:
+            files.append(segment(path))
+        except DamagedError as error:
+            result.findings.append(str(error))
+    until = read_until(lake, snapshot)
+    last = {one.log_id: max(one.last_row, until.get(one.log_id, 0)) for one in files}
+    last |= {one.log_id: one.rows for one in gone.values()}
+    held = held_rows(lake, snapshot, last)
     known = _Decisions(folder)
     for done, one in enumerate(files, 1):
-        _audit_file(one, settings.tenant, held[one.log_id], until[one.log_id], known, lake, snapshot, result)
+        try:
+            _audit_file(one, settings.tenant, held[one.log_id], until.get(one.log_id, 0), known, lake, snapshot, result)
+        except DamagedError as error:
+            result.findings.append(str(error))
         progress(done, len(files))
-    _look_for_lost_files(folder, files, result)
+    _look_for_lost_files(folder, {number_of(path) for path in log_files(folder)}, gone, until, result)
+    _look_into_lakes(settings, gone, held, result)
     result.orphans = known.orphans()
     if attempted is not None:
         _compare(result, known, settings.tenant, {*attempted, *acknowledged}, set(acknowledged))
@@ -116,6 +128,8 @@ def _audit_file(
             lost.append(one.row)
     known.settle()
     missing = gaps(path) if present < file.last_row else []
+    if until > file.last_row:
+        missing.append((file.last_row + 1, until))
     result.files.append(FileAudit(path.name, file.log_id, file.sealed, file.last_row, present, int(inside.sum()), missing))
     result.missing += sum(end - start + 1 for start, end in missing)
     result.findings += [_gap(path, file.log_id, *ends, lake, snapshot) for ends in missing[:NAMED]]
@@ -145,24 +159,58 @@ def _said(one: Stored) -> str:
 
 
 def _in_lake(lake: Lake, snapshot: Snapshot, log_id: str, first: int, last: int) -> list[str]:
-    """Decisions by the numbers of their records."""
+    """What the lake holds under some numbers, each as the id of its decision."""
     ids = []
-    for entry in snapshot.find("decisions"):
-        found = lake.read(entry, ["decision_id", "log_id", "log_row"])
-        inside = pc.and_(pc.greater_equal(found["log_row"], first), pc.less_equal(found["log_row"], last))
-        ids += found.filter(pc.and_kleene(pc.equal(found["log_id"], log_id), inside))["decision_id"].to_pylist()
+    for table in TABLES:
+        for entry in snapshot.find(table):
+            found = lake.read(entry, ["decision_id", "log_id", "log_row"])
+            inside = pc.and_(pc.greater_equal(found["log_row"], first), pc.less_equal(found["log_row"], last))
+            some = found.filter(pc.and_kleene(pc.equal(found["log_id"], log_id), inside))
+            ids += [f"{table} {id_}" for id_ in some["decision_id"].to_pylist()]
     return ids
 
 
-def _look_for_lost_files(folder: Path, files: Sequence[Segment], result: Audit) -> None:
-    """Files that are no longer there are compacted, or lost."""
-    there, gone = {number_of(one.path) for one in files}, noted(folder)
-    for file in sorted(set(range(1, max(there, default=0))) - there):
+def _look_for_lost_files(
+    folder: Path, there: set[int], gone: Mapping[int, Compacted], until: Mapping[str, int], result: Audit
+) -> None:
+    """Files that are not there are compacted, or lost: their numbers are in the index, in the note, and in what the lake read."""
+    read = {int(log_id.split("-")[1]): log_id for log_id in until}
+    known = set(range(1, max(there, default=0))) | set(gone) | set(read) | _indexed(folder)
+    for file in sorted(known - there):
         if file in gone:
             result.compacted += gone[file].rows
         else:
             result.findings.append(
                 f"log-{file:08d}.sqlite: found no such file, and no note that it was compacted: restore it from a backup"
+            )
+    if not there and not gone and not known:
+        raise InputError(f"found no log in {folder}; expected files that `propel serve` wrote: see serve.data")
+
+
+def _indexed(folder: Path) -> set[int]:
+    """Numbers of files whose keys are in the index."""
+    if not (folder / "keys.sqlite").exists():
+        return set()
+    with closing(open_keys(folder)) as keys:
+        found: list[Any] = keys.execute("SELECT file FROM files").fetchall()
+    return {file for (file,) in found}
+
+
+def _look_into_lakes(settings: Settings, gone: Mapping[int, Compacted], held: Mapping[str, BoolArray], result: Audit) -> None:
+    """Of every file that was compacted, whether the lakes that held its records still do."""
+    last = {one.log_id: one.rows for one in gone.values()}
+    others = {tenant for one in gone.values() for tenant in one.snapshots} - {settings.tenant}
+    every = dict(held)
+    for tenant in sorted(others):
+        lake = open_lake(of_tenant(settings, tenant))
+        for log_id, rows in held_rows(lake, lake.snapshot(), last).items():
+            every[log_id] = every[log_id] | rows
+    for file, one in sorted(gone.items()):
+        lacking = one.rows - int(every[one.log_id][: one.rows + 1].sum())
+        if lacking > 0:
+            result.findings.append(
+                f"log-{file:08d}.sqlite was compacted, and the lake lacks {lacking:,} of its {one.rows:,} records now: "
+                "go back to a list of the lake that holds them, or restore it from a copy"
             )
 
 

@@ -72,6 +72,7 @@ def audit(
         from pipelines.log.audit import audit as audit_log
 
         settings = _settings(config)
+        _known_log(settings)
         noted = [_noted(path) for path in ledger or ()]
         attempted = {id_ for one in noted for id_ in one}
         found = audit_log(
@@ -154,7 +155,9 @@ def compact(
         from pipelines.nightly.lake import BusyError
 
         try:
-            found = compact_log(_settings(config), older_than_days=older_than, progress=advance)
+            settings = _settings(config)
+            _files(settings)
+            found = compact_log(settings, older_than_days=older_than, progress=advance)
         except BusyError as error:
             typer.echo(f"propel: {error}", err=True)
             raise typer.Exit(BUSY) from None
@@ -185,6 +188,12 @@ def _files(settings: Settings) -> list[Path]:
     return files
 
 
+def _known_log(settings: Settings) -> None:
+    """Raise InputError where there never was a log: one whose files are lost has its index, or a lake that read it."""
+    if not (settings.log / "keys.sqlite").exists():
+        _files(settings)
+
+
 def _noted(path: Path) -> dict[str, bool]:
     """Ids, and whether they were answered. Raises InputError for a line that is none."""
     import msgspec
@@ -197,9 +206,14 @@ def _noted(path: Path) -> dict[str, bool]:
 
     try:
         lines = [msgspec.json.decode(line, type=Line) for line in path.read_bytes().splitlines()]
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; expected a client's ledger, as `propel simulate --ledger` writes it") from None
     except msgspec.MsgspecError as error:
         raise InputError(f"{path}: found {error}; expected lines of JSON with decision_id and acknowledged") from None
-    return {one.decision_id: one.acknowledged for one in lines}
+    found: dict[str, bool] = {}
+    for one in lines:  # answered once is answered, whatever came of a repeat
+        found[one.decision_id] = found.get(one.decision_id, False) or one.acknowledged
+    return found
 
 
 def _share(count: int, of: int) -> float:

@@ -140,6 +140,11 @@ def _not_yet(found: Segment, indexed: bool, before_ns: int) -> str:
     return ""
 
 
+def of_tenant(settings: Settings, tenant: str) -> Settings:
+    """The same settings for another tenant, whose lake lies beside."""
+    return Settings(msgspec.structs.replace(settings.file, tenant=tenant), settings.points, settings.folder)
+
+
 class _Held:
     """Which records the lakes of the tenants hold, each lake read once, and locked: no night of theirs reads the log meanwhile."""
 
@@ -162,10 +167,8 @@ class _Held:
 
     def _of(self, tenant: str) -> dict[str, BoolArray]:
         if tenant not in self._held:
-            settings = self.settings
-            file = msgspec.structs.replace(settings.file, tenant=tenant)
-            lake: Lake = open_lake(Settings(file, settings.points, settings.folder))
-            if tenant != settings.tenant and lake.folder.exists():
+            lake: Lake = open_lake(of_tenant(self.settings, tenant))
+            if tenant != self.settings.tenant and lake.folder.exists():
                 self.locks.enter_context(alone(lake))
             snapshot = lake.snapshot()
             self.snapshots[tenant] = snapshot.id

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -34,11 +34,10 @@ def held_rows(lake: Lake, snapshot: Snapshot, last: Mapping[str, int]) -> dict[s
     return held
 
 
-def read_until(lake: Lake, snapshot: Snapshot, log_ids: Collection[str]) -> dict[str, int]:
+def read_until(lake: Lake, snapshot: Snapshot) -> dict[str, int]:
     """By log: the last record that an ingest has looked at."""
     listed = lake.frame(snapshot.find("sources"), ["name"])
-    until = dict.fromkeys(log_ids, 0)
+    until: dict[str, int] = {}
     for found in filter(None, map(NAME.fullmatch, [] if listed is None else listed["name"].to_list())):
-        if found["log_id"] in until:
-            until[found["log_id"]] = max(until[found["log_id"]], int(found["last"]))
+        until[found["log_id"]] = max(until.get(found["log_id"], 0), int(found["last"]))
     return until

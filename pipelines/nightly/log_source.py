@@ -141,10 +141,16 @@ def log_ranges(folder: Path, read: Collection[str]) -> list[LogRange]:
         before.setdefault(found["log_id"], []).append((int(found["first"]), int(found["last"])))
     ranges = []
     for path in log_files(folder):
-        log_id, last = segment(path).log_id, _last_row(path)
+        described, last = segment(path), _last_row(path)
+        log_id = described.log_id
         known = sorted(before.get(log_id, []))
         ranges += [LogRange(path, log_id, *ends) for ends in known]
         first = known[-1][1] + 1 if known else 1
+        if last < first - 1 and not described.sealed:  # its next record would have a number that was read
+            raise DamagedError(
+                f"{path}: found {last} as its last record; expected {first - 1}, which was read: restore it from a backup, or move "
+                "it away, so that a new file is begun"
+            )
         if last >= first:
             ranges.append(LogRange(path, log_id, first, last))
     return ranges

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import math
 from dataclasses import dataclass
 from typing import Any
 
+from bandits.policy import UNIFORM
 from bandits.registry import Registry
 from pipelines.nightly.certify import verify_certificate
-from pipelines.nightly.mart import Mart
+from pipelines.nightly.mart import HEADLINE_FOLD, WHOLE, Mart
 from pipelines.nightly.settings import Settings
 from pipelines.nightly.views import PointView, Record, label, point_views
 
@@ -28,7 +30,7 @@ class Promotion:
     reasons: tuple[str, ...]
     """Why not."""
     difference: Record | None
-    """To the policy that logged, on fold B, which neither taught nor chose: the forecast."""
+    """To the policy that is served, which logged, on fold B, which neither taught nor chose: the forecast."""
     estimate: Record | None
     """Its value there."""
 
@@ -63,13 +65,57 @@ def _judge(view: PointView, mart: Mart, settings: Settings, registry: Registry) 
         return Promotion(dp, None, None, False, ("No candidate is worth a test: see the report.",), None, None)
     policy = worth[0]["policy"]
     digest = next((row["digest"] for row in view.candidates if row["policy"] == policy), None)
-    difference = view.difference(policy)
-    estimate = next((row for row in view.valued if row["policy"] == policy), None)
-    reasons = [
-        *_of_certificates(view, registry), *_of_estimates(difference, estimate, settings.file.evaluate.tolerance),
-        *_of_registry(dp, digest, registry),
-    ]  # fmt: skip
+    pointer = registry.pointer(dp)
+    served = UNIFORM if pointer.digest is None else f"{registry.manifest(pointer.digest).name}@{pointer.digest[:32]}"
+    window, mixed = _window(view, mart, settings, served)
+    difference, estimate = (_row(mart, view, table, policy, window) for table in ("differences", "estimates"))
+    if pointer.digest is not None and pointer.digest == digest:
+        reasons = ["It is served already."]
+    else:
+        reasons = [
+            *_of_certificates(view, registry), *mixed, *_of_estimates(difference, estimate, settings.file.evaluate.tolerance),
+            *_of_registry(dp, digest, mart, registry),
+        ]  # fmt: skip
     return Promotion(dp, policy, digest, not reasons, tuple(reasons), difference, estimate)
+
+
+def _window(view: PointView, mart: Mart, settings: Settings, served: str) -> tuple[int, list[str]]:
+    """The longest window that the policy which is served decided alone: that is what a winner must be better than.
+
+    Differences are to whoever logged. Where older policies decided, too, they say nothing of the one that is to be replaced.
+    """
+    windows = sorted(settings.file.evaluate.windows, reverse=True)
+    by_day: dict[str, set[str]] = {}
+    for row in mart.records("certificates", dp=view.point["dp"]):
+        if row["sampled"]:
+            by_day.setdefault(row["day"], set()).add(row["policy"])
+    date = dt.date.fromisoformat(mart.manifest.date)
+    others: set[str] = set()
+    for window in windows:
+        days = [(date - dt.timedelta(days=back)).isoformat() for back in range(window)]
+        others = set().union(*(by_day.get(day, set()) for day in days)) - {served}
+        if not others:
+            return window, []
+    names = ", ".join(sorted(map(label, others)))
+    return windows[0], [
+        f"It is not known to be better than {label(served)}, which is served: in every window {names} decided, too. Wait for a day "
+        "that it decides alone, or value a stretch of time (propel nightly --from --to)."
+    ]
+
+
+def _row(mart: Mart, view: PointView, table: str, policy: str, window: int) -> Record | None:
+    """A winner's row of a table on fold B, over all rows of a window."""
+    mine = {row["evaluation_id"] for row in mart.records("evaluations", dp=view.point["dp"])}
+    found = mart.records(
+        table,
+        policy=policy,
+        estimator=view.estimator,
+        metric=view.point["reward"],
+        segment=WHOLE,
+        fold=HEADLINE_FOLD,
+        window=window,
+    )
+    return next((row for row in found if row["evaluation_id"] in mine), None)
 
 
 def _of_certificates(view: PointView, registry: Registry) -> list[str]:
@@ -105,14 +151,17 @@ def _of_estimates(difference: Record | None, estimate: Record | None, tolerance:
     return found
 
 
-def _of_registry(dp: str, digest: str | None, registry: Registry) -> list[str]:
+def _of_registry(dp: str, digest: str | None, mart: Mart, registry: Registry) -> list[str]:
     """What the registry says against it."""
     if digest is None:
         return ["It is no artifact of this night."]
-    pointer = registry.pointer(dp)
-    if pointer.digest == digest:
-        return ["It is served already."]
-    return [f"The decision point is frozen: `propel policy freeze {dp} --off` lifts that."] if pointer.frozen else []
+    if registry.pointer(dp).frozen:
+        return [f"The decision point is frozen: `propel policy freeze {dp} --off` lifts that."]
+    built = dt.datetime.fromisoformat(mart.manifest.built_at)
+    changes = [line for line in registry.ledger() if line.decision_point == dp and line.to_digest is not None]
+    if changes and dt.datetime.fromtimestamp(changes[-1].at_ns / 1e9, dt.UTC) > built:
+        return [f"What is served was changed after this report was made ({built:%Y-%m-%d %H:%M} UTC): run the night again."]
+    return []
 
 
 def _known(row: Record | None) -> bool:

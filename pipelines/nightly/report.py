@@ -24,6 +24,7 @@ from pipelines.nightly.alarms import Day, Facts, alarms, most_common
 from pipelines.nightly.intake import intake_alarms
 from pipelines.nightly.lake import Lake, Snapshot
 from pipelines.nightly.mart import CHOICE_FOLD, HEADLINE_FOLD, SHOWN, WHOLE, Mart, Meta, read_mart, write_mart
+from pipelines.nightly.rows import within
 from pipelines.nightly.settings import Night, Settings
 from pipelines.nightly.tables import TABLES
 from pipelines.nightly.views import (
@@ -64,8 +65,9 @@ def report(night: Night, settings: Settings, lake: Lake, snapshot: Snapshot) -> 
     found |= {name: _collected(lake, snapshot, name, settings, [date]) for name in OF_NIGHT}
     points, open_alarms = [], list(intake_alarms(settings, lake, snapshot, days, found["certificates"].to_pylist()))
     for point in settings.points:
-        decided = _decided(lake, snapshot, point.name, date)
-        facts = _facts(point, found, snapshot, days, frozenset(decided), _unreadable(lake, snapshot, point.name, date))
+        decided = _decided(lake, snapshot, point.name, date, night.between)
+        rows = _rows(lake, snapshot, point.name, days, night.between)
+        facts = _facts(point, found, rows, days, frozenset(decided), _unreadable(lake, snapshot, point.name, date))
         points.append(_point_record(settings, point, facts, found, decided))
         open_alarms += alarms(facts)
     found["decision_points"] = TABLES["decision_points"].of(points)
@@ -157,11 +159,19 @@ def _collected(lake: Lake, snapshot: Snapshot, table: str, settings: Settings, d
     return pa.concat_tables([TABLES[table].schema.empty_table(), *found], promote_options="default")
 
 
-def _decided(lake: Lake, snapshot: Snapshot, dp: str, date: str) -> Counter[str]:
-    """Rows that each policy decided on the date."""
+def _decided(lake: Lake, snapshot: Snapshot, dp: str, date: str, between: tuple[int, int] | None) -> Counter[str]:
+    """Rows that each policy decided on the date, or in the stretch of time."""
     found: Counter[str] = Counter()
     for entry in snapshot.find("rows", dp, [date]):
-        found.update(lake.read(entry, ["policy"])["policy"].to_pylist())
+        found.update(within(lake.read(entry, ["policy", "decided_at_ns"]), between)["policy"].to_pylist())
+    return found
+
+
+def _rows(lake: Lake, snapshot: Snapshot, dp: str, days: Sequence[str], between: tuple[int, int] | None) -> Counter[str]:
+    """Rows by day, or those in the stretch of time."""
+    found: Counter[str] = Counter()
+    for entry in snapshot.find("rows", dp, days):
+        found[entry.day] += entry.rows if between is None else within(lake.read(entry, ["decided_at_ns"]), between).num_rows
     return found
 
 
@@ -176,14 +186,11 @@ def _unreadable(lake: Lake, snapshot: Snapshot, dp: str, date: str) -> Counter[s
 def _facts(
     point: DecisionPoint,
     found: Mapping[str, pa.Table],
-    snapshot: Snapshot,
+    rows: Mapping[str, int],
     days: Sequence[str],
     decided: frozenset[str],
     unreadable: Counter[str],
 ) -> Facts:
-    rows: Counter[str] = Counter()
-    for entry in snapshot.find("rows", point.name, days):
-        rows[entry.day] += entry.rows
     certificates: dict[str, list[Record]] = {}
     for one in _mine(found["certificates"], point.name):
         certificates.setdefault(one["day"], []).append(one)
@@ -237,13 +244,12 @@ def _live(settings: Settings, dp: str) -> str | None:
 
 def _next_action(facts: Facts, found: Mapping[str, pa.Table]) -> str:
     """The first thing that stands in the way, or what tonight's numbers are good for."""
-    date = facts.today.day
     if facts.unreadable and not facts.today.rows:
         return f"Mend the features of the decision point: {most_common(facts.unreadable)[0]}."
     if facts.today.verdict in ("fail", "missing", "no rows"):
         return {
             "fail": "Find out why the certificate failed; until then, by default, these rows are left out.",
-            "missing": f"Run `propel nightly --date {date}` again: rows have no certificate.",
+            "missing": "Run the night again: rows have no certificate.",
             "no rows": "Find out why no decision arrived.",
         }[facts.today.verdict]
     if not facts.estimates:

@@ -213,7 +213,10 @@ class Night:
         return cls(last, end + int(settings.file.join.cutoff_hours * 3600 * 10**9), (start, end))
 
     def days(self, count: int) -> list[str]:
-        """The last `count` days up to the date, oldest first, as ISO dates."""
+        """The last `count` days up to the date, oldest first, as ISO dates; of a stretch of time, those that it touches."""
+        if self.between is not None:
+            first = dt.datetime.fromtimestamp(self.between[0] // 10**9, dt.UTC).date()
+            count = min(count, (self.date - first).days + 1)
         return [(self.date - dt.timedelta(days=back)).isoformat() for back in reversed(range(count))]
 
 

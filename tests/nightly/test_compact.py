@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bandits.log.files import COMPACTED, log_files, writing
+from bandits.log.files import COMPACTED, head_file, log_files, writing
 from bandits.log.port import Entry
-from bandits.log.segments import records
+from bandits.log.segments import DamagedError, records
 from bandits.log.sqlite import SqliteLog
 from pipelines.log.audit import audit
 from pipelines.log.compact import compact, finish, note, noted
@@ -169,12 +169,69 @@ def test_an_audit_names_what_is_missing(tmp_path: Path) -> None:
     assert found.missing == 1
     assert found.findings == [
         f"log-00000001.sqlite ({log_id}): record 12 is missing or damaged, after decision d010 and before decision d012; "
-        "the lake holds 1 of them: d011"
+        "the lake holds 1 of them: decisions d011"
     ]
     second.unlink()
     assert audit(config).findings[1] == (
         "log-00000002.sqlite: found no such file, and no note that it was compacted: restore it from a backup"
     )
+
+
+def test_an_audit_misses_files_that_only_the_index_or_the_lake_know(tmp_path: Path) -> None:
+    config = three_files(tmp_path)
+    take(config)
+    for path in log_files(config.log):
+        path.unlink()
+    names = [f"log-0000000{file}.sqlite: found no such file" for file in (1, 2, 3)]
+    assert [one[: len(names[0])] for one in audit(config).findings] == names
+    shutil.rmtree(config.log)
+    assert [one[: len(names[0])] for one in audit(config).findings] == names
+
+
+def test_an_audit_misses_the_end_of_a_file_that_the_lake_has_read(tmp_path: Path) -> None:
+    """Also where the note of the last record is lost with it; and the next ingest does not take new records for those."""
+    config = settings(tmp_path)
+    append(config.log, entries(DECISIONS[:20]))
+    take(config)
+    (path,) = log_files(config.log)
+    with closing(writing(path)) as connection:
+        connection.execute("DELETE FROM entries WHERE row > 15")
+    head_file(path).unlink()
+    found = audit(config)
+    assert (found.missing, [one.gaps for one in found.files]) == (5, [[(16, 20)]])
+    assert "records 16 to 20 are missing or damaged, after decision d014; the lake holds 5 of them" in found.findings[0]
+    with pytest.raises(DamagedError, match="found 15 as its last record; expected 20, which was read"):
+        take(config)
+
+
+def test_an_audit_misses_what_was_compacted_and_is_in_no_lake(tmp_path: Path) -> None:
+    config = three_files(tmp_path)
+    lake, _ = take(config)
+    compact(config, older_than_days=0)
+    lake.commit([], lambda entry: entry.table == "rewards" and entry.bucket == 0)
+    assert "log-00000001.sqlite was compacted, and the lake lacks" in audit(config).findings[0]
+    shutil.rmtree(lake.folder)
+    assert audit(config).findings == [
+        f"log-0000000{file}.sqlite was compacted, and the lake lacks {rows} of its {rows} records now: "
+        "go back to a list of the lake that holds them, or restore it from a copy"
+        for file, rows in ((1, 60), (2, 92))
+    ]
+
+
+def test_an_audit_goes_on_past_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    config = three_files(tmp_path)
+    log_files(config.log)[0].write_bytes(b"no database" * 1000)
+    found = audit(config)
+    assert (found.decisions, len(found.files)) == (51, 2)
+    assert "log-00000001.sqlite: found" in found.findings[0]
+
+
+def test_a_decision_that_a_client_was_answered_once_counts_as_answered(tmp_path: Path) -> None:
+    config = three_files(tmp_path)
+    ledger = tmp_path / "ledger.jsonl"
+    ledger.write_text("".join(f'{{"decision_id": "lost", "acknowledged": {said}}}\n' for said in ("true", "false")))
+    status, said = run(config, "audit", "--ledger", str(ledger))
+    assert (status, "decision lost: a client was answered, and the log does not have it" in said) == (3, True)
 
 
 def test_an_audit_compares_with_what_clients_noted(tmp_path: Path) -> None:
@@ -232,7 +289,7 @@ def test_the_commands_say_what_the_functions_find(tmp_path: Path) -> None:
 
 def test_without_a_log_the_commands_say_where_they_looked(tmp_path: Path) -> None:
     config = settings(tmp_path)
-    for command in ("verify", "replay"):
+    for command in ("verify", "replay", "audit", "compact"):
         status, said = run(config, command)
         assert (status, "expected files that `propel serve` wrote: see serve.data" in said.replace("\n", " ")) == (2, True)
 

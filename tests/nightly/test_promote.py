@@ -128,6 +128,18 @@ def test_a_frozen_decision_point_stays_as_it_is(shop: Settings) -> None:
     assert found.reasons == ("The decision point is frozen: `propel policy freeze payments --off` lifts that.",)
 
 
+def test_a_winner_must_be_better_than_what_is_served(shop: Settings) -> None:
+    """The day was decided by uniform routing: once something else serves, what is better than uniform says nothing of that."""
+    registry, found = Registry(shop.folder / "registry"), promote(mart_of(shop), shop)[0]
+    others = [row["digest"] for row in mart_of(shop).records("candidates") if row["digest"] and row["digest"] != found.digest]
+    registry.promote(others[0], who="test", why="test")
+    (again,) = promote(mart_of(shop), shop)
+    assert not again.promoted
+    assert again.reasons[0].startswith("It is not known to be better than ")
+    assert "in every window uniform@builtin decided, too" in again.reasons[0]
+    assert again.reasons[1].startswith("What is served was changed after this report was made (")
+
+
 def test_every_decision_of_the_day_replays(shop: Settings) -> None:
     found = replay(log_files(shop.log), {SALT.epoch: SALT}, judges(None, shop.points))
     assert (found.decisions, found.actions, found.vectors, found.wrong) == (PAYMENTS, PAYMENTS, PAYMENTS, [])
