@@ -339,7 +339,7 @@ class _Evaluation:
         }  # fmt: skip
         return {
             "evaluation_id": self.id, "dp": self.window.point.name, "date": self.window.days[-1],
-            "from": self.window.days[-self._longest], "to": self.window.days[-1], "rows": totals.rows,
+            "from": self.window.days[-self._longest :][0], "to": self.window.days[-1], "rows": totals.rows,
             "rows_certified": totals.certified, "rows_used": totals.used, "units": totals.units, "baseline": LOGGING,
             "folds": f"learn {share:g}, A {(1 - share) / 2:g}, B {(1 - share) / 2:g} of the units", "level": file.evaluate.level,
             "cutoff_ns": self.night.cutoff_ns, "sql": SQL, "parameters": msgspec.json.encode(settings, order="sorted").decode(),
