@@ -166,7 +166,8 @@ def _in_lake(lake: Lake, snapshot: Snapshot, log_id: str, first: int, last: int)
             found = lake.read(entry, ["decision_id", "log_id", "log_row"])
             inside = pc.and_(pc.greater_equal(found["log_row"], first), pc.less_equal(found["log_row"], last))
             some = found.filter(pc.and_kleene(pc.equal(found["log_id"], log_id), inside))
-            ids += [f"{table} {id_}" for id_ in some["decision_id"].to_pylist()]
+            what = "" if table == "decisions" else f"{table} of "
+            ids += [f"{what}{id_}" for id_ in some["decision_id"].to_pylist()]
     return ids
 
 

@@ -33,10 +33,10 @@ Trick = Callable[[Path], Path]
 
 POINTS = 20 if KILLS else 4
 
-MUTANTS = 1000 if KILLS else 16
+MUTANTS = 1000 if KILLS else 6
 """Of bytes, beside all the others."""
 
-RELOADS = 200 if KILLS else 10
+RELOADS = 200 if KILLS else 5
 
 RATE = 300.0
 
@@ -225,7 +225,7 @@ def test_policies_that_were_replaced_leave_no_memory_behind(tmp_path: Path) -> N
     digests = [registry.register(belief, AD_LOAD, name="belief", golden=golden(AD_LOAD, rows=1)) for belief in beliefs]
     registry.promote(digests[0], who="tests", why="first")
     with start(made) as live:
-        for turn in range(1, 1 + (200 if KILLS else 6)):
+        for turn in range(1, 1 + (200 if KILLS else 5)):
             point_at(registry, {AD_LOAD.name: digests[turn % 2]})
             wait_for(lambda turn=turn: metric(made, "propel_policy_reloads_total", state="loaded") == turn)
             sizes.append(resident(live.process.pid))

@@ -169,7 +169,7 @@ def test_an_audit_names_what_is_missing(tmp_path: Path) -> None:
     assert found.missing == 1
     assert found.findings == [
         f"log-00000001.sqlite ({log_id}): record 12 is missing or damaged, after decision d010 and before decision d012; "
-        "the lake holds 1 of them: decisions d011"
+        "the lake holds 1 of them: d011"
     ]
     second.unlink()
     assert audit(config).findings[1] == (
