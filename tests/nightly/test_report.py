@@ -387,9 +387,8 @@ def test_rewards_of_unknown_names_and_rejected_records_are_said(tmp_path: Path) 
         [*written, lake.write("rewards", observed(96), point=DP, day=YESTERDAY), lake.write("rejected", reasons)]
     )
     mart = reported(chosen, lake, snapshot)
-    assert rules(mart) == {
-        "rejected": ("caution", TODAY), "quarantined": ("caution", TODAY), "unknown rewards": ("alarm", TODAY)
-    }  # fmt: skip
+    caution = ("caution", TODAY)
+    assert rules(mart) == {"rejected": caution, "quarantined": caution, "unknown rewards": ("alarm", TODAY)}
     evidence = {row["rule"]: row["evidence"] for row in mart.records("alarms")}
     assert evidence["rejected"] == "7 of 1,000: 5 kind: expected, 2 unit: expected."
     assert evidence["quarantined"] == "3 rewards."
