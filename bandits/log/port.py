@@ -149,9 +149,8 @@ def check_of(entry: Entry) -> bytes:
 
 
 def whole_of(kind: int, key: bytes, content: bytes, record: bytes, answer: bytes) -> bytes:
-    """All that is stored of an entry in one: its kind, and its parts, each after its length."""
-    sizes = _sizes(len(key), len(content), len(record), len(answer))
-    return b"".join((kind.to_bytes(1), sizes[:4], key, sizes[4:8], content, sizes[8:12], record, sizes[12:], answer))
+    """All that is stored of an entry in one: its kind, how long its parts are, and the parts."""
+    return b"".join((_head(kind, len(key), len(content), len(record), len(answer)), key, content, record, answer))
 
 
-_sizes = struct.Struct("<4I").pack
+_head = struct.Struct("<B4I").pack

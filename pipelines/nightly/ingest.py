@@ -144,22 +144,20 @@ class _Ingest:
             "shown": lambda table: judge_shown(table, self.settings.tenant),
             "quarantined": lambda table: judge_quarantined(table, self.settings.tenant),
         }
-        counts = dict.fromkeys((*judges, "rejected", "foreign"), 0)
-        for kind, judge in judges.items():
-            first = 0
-            for table in source.batches(kind):
-                self.lake.bytes_read += table.nbytes
-                judged = judge(table)
-                counts[kind] += judged.kept.num_rows
-                counts[kind if kind == "quarantined" else "rejected"] += len(judged.rejected)
-                counts["foreign"] += judged.foreign
-                self._keep_rejected(source.name, kind, table, judged, first)
-                self._keep_numbers(table)
-                if kind == "decisions":
-                    self._spread(judged.kept.append_column("source", pa.array(np.full(judged.kept.num_rows, index))))
-                elif kind in self.later:
-                    self.later[kind].append(self._spill(judged.kept))
-                first += table.num_rows
+        counts, first = dict.fromkeys((*judges, "rejected", "foreign"), 0), Counter[Kind]()
+        for kind, table in source.batches():
+            self.lake.bytes_read += table.nbytes
+            judged = judges[kind](table)
+            counts[kind] += judged.kept.num_rows
+            counts[kind if kind == "quarantined" else "rejected"] += len(judged.rejected)
+            counts["foreign"] += judged.foreign
+            self._keep_rejected(source.name, kind, table, judged, first[kind])
+            self._keep_numbers(table)
+            if kind == "decisions":
+                self._spread(judged.kept.append_column("source", pa.array(np.full(judged.kept.num_rows, index))))
+            elif kind in self.later:
+                self.later[kind].append(self._spill(judged.kept))
+            first[kind] += table.num_rows
         self.result.counts.update({name: counts[name] for name in ("rejected", "foreign", "quarantined")})
         return counts
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from bandits.log.files import log_files, reading
 from bandits.log.port import Kind as Recorded
-from bandits.log.segments import DamagedError, records, segment
+from bandits.log.segments import DamagedError, numbered, segment
 from ope.data import InputError
 from pipelines.nightly.lake import Lake, Snapshot
 from pipelines.nightly.settings import Settings
@@ -32,7 +32,7 @@ KINDS: Mapping[Kind, Recorded] = {
     "quarantined": Recorded.QUARANTINED,
 }
 
-PIECE = 2**11
+PIECE = 2**12
 """Records that are read together: more of them leave the processor's cache."""
 
 NAME = re.compile(r"(?P<log_id>log-[0-9]+-[0-9a-f]+)/(?P<first>[0-9]+)-(?P<last>[0-9]+)")
@@ -115,13 +115,19 @@ class LogRange:
         """The name."""
         return self.name
 
-    def batches(self, kind: Kind) -> Iterator[pa.Table]:
-        """Records of one kind; damaged ones are left out, and are missing numbers. Raises DamagedError where the file is."""
-        stored = records(self.path, self.first - 1, self.last, KINDS[kind])
-        read = msgspec.json.Decoder(SHAPES[kind]).decode
-        pieces = iter(lambda: [(one.row, one.record) for one in islice(stored, PIECE)], [])
-        while tables := [_table(kind, self.log_id, piece, read) for piece in islice(pieces, BATCH // PIECE)]:
-            yield pa.concat_tables(tables)
+    def batches(self) -> Iterator[tuple[Kind, pa.Table]]:
+        """Records by kind; damaged ones are left out, and are missing numbers. Raises DamagedError where the file is."""
+        readers = {kind: msgspec.json.Decoder(shape).decode for kind, shape in SHAPES.items()}
+        tables: dict[Kind, list[pa.Table]] = {kind: [] for kind in KINDS}
+        stored = numbered(self.path, self.first - 1, self.last)
+        while piece := list(islice(stored, PIECE)):
+            for kind, recorded in KINDS.items():
+                if some := [(row, record) for row, number, record in piece if number == recorded]:
+                    tables[kind].append(_table(kind, self.log_id, some, readers[kind]))
+                if len(tables[kind]) == BATCH // PIECE:
+                    yield kind, pa.concat_tables(tables[kind])
+                    tables[kind].clear()
+        yield from ((kind, pa.concat_tables(some)) for kind, some in tables.items() if some)
 
 
 def sources_of(settings: Settings, lake: Lake, snapshot: Snapshot) -> list[Source]:
@@ -185,11 +191,10 @@ def _array(name: str, values: Sequence[Any], kind: pa.DataType) -> pa.Array:
         return _lists(values, lambda raw: msgspec.json.decode(raw), kind)
     if name == "excluded":
         return _lists(values, lambda raw: [{"action": one, "reason": why} for one, why in msgspec.json.decode(raw)], kind)
-    return pa.array([bytes(one) for one in values] if name == "body" else values, kind)
+    return pa.array(map(bytes, values) if name == "body" else values, kind, size=len(values))
 
 
 def _lists(values: Sequence[msgspec.Raw], decode: Callable[[bytes], Any], kind: pa.DataType) -> pa.Array:
     """Lists, of which few are different: each is read once."""
-    raw = list(map(bytes, values))
-    places = {one: place for place, one in enumerate(dict.fromkeys(raw))}
-    return pa.array([decode(one) for one in places], kind).take(pa.array(list(map(places.__getitem__, raw))))
+    coded = pa.array(map(bytes, values), pa.binary(), size=len(values)).dictionary_encode()
+    return pa.array(list(map(decode, coded.dictionary.to_pylist())), kind).take(coded.indices)

@@ -68,8 +68,8 @@ class Source(Protocol):
         """Quick to know, and another one where the content changed, such as sizes and times: then the identity is asked for."""
         ...
 
-    def batches(self, kind: Kind) -> Iterator[pa.Table]:
-        """Records of one kind, some at a time, with the columns of `SCHEMAS`. Raises InputError where it cannot be read."""
+    def batches(self) -> Iterator[tuple[Kind, pa.Table]]:
+        """Records, some of one kind at a time, with the columns of `SCHEMAS`. Raises InputError where it cannot be read."""
         ...
 
 
@@ -94,19 +94,20 @@ class EventFolder:
         found = [(kind, path.stat()) for kind in SCHEMAS if (path := self._file(kind)).is_file()]
         return " ".join(f"{kind}:{status.st_size}:{status.st_mtime_ns}" for kind, status in found)
 
-    def batches(self, kind: Kind) -> Iterator[pa.Table]:
-        """Records of one kind."""
-        path = self._file(kind)
-        if not path.is_file():
-            return
-        try:
-            with pq.ParquetFile(path, pre_buffer=False) as file:
-                for batch in file.iter_batches(batch_size=BATCH):
-                    yield _as_schema(pa.Table.from_batches([batch]), SCHEMAS[kind], path)
-        except pa.ArrowException as error:
-            raise InputError(
-                f"{path}: found {str(error).splitlines()[0]}; expected a complete Parquet file: write it again"
-            ) from None
+    def batches(self) -> Iterator[tuple[Kind, pa.Table]]:
+        """Records of one file after the other."""
+        for kind, schema in SCHEMAS.items():
+            path = self._file(kind)
+            if not path.is_file():
+                continue
+            try:
+                with pq.ParquetFile(path, pre_buffer=False) as file:
+                    for batch in file.iter_batches(batch_size=BATCH):
+                        yield kind, _as_schema(pa.Table.from_batches([batch]), schema, path)
+            except pa.ArrowException as error:
+                raise InputError(
+                    f"{path}: found {str(error).splitlines()[0]}; expected a complete Parquet file: write it again"
+                ) from None
 
     def _file(self, kind: Kind) -> Path:
         return self.path / f"{kind}.parquet"
