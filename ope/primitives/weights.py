@@ -47,6 +47,12 @@ def truncate(weight: Array, threshold: float) -> Array:
     return xp.where(weight <= threshold, weight, xp.zeros_like(weight))
 
 
+def mask_outside(weight: Array, low: float, high: float) -> Array:
+    """w where low <= w <= high, else 0: masked importance sampling (IcePop). `truncate` has no lower end."""
+    xp = namespace(weight)
+    return xp.where((weight >= low) & (weight <= high), weight, xp.zeros_like(weight))
+
+
 def shrink(weight: Array, strength: float) -> Array:
     """L·w / (w² + L): optimistic shrinkage of DRos with L = `strength` (Su et al. 2020, eq. 10).
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import array_api_compat
 import array_api_strict
@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ope.primitives import _xp, baselines, divergences, reduce, terms, weights
+from ope.primitives import _xp, baselines, divergences, reduce, returns, surrogates, terms, weights
 
-MODULES = (_xp, weights, terms, baselines, divergences, reduce)
+MODULES = (_xp, weights, terms, baselines, divergences, reduce, returns, surrogates)
 NOT_NUMBERS = {"_xp.namespace", "_xp.same_shape"}
 
 
@@ -65,6 +65,9 @@ WRQV = columns(WEIGHT, REWARD, REWARD, REWARD)
 PAIR = columns(LOGP, LOGP, ndim=2)
 DISTRIBUTIONS = columns(CHANCE, CHANCE, ndim=2)
 W = columns(WEIGHT)
+RATIO_ADVANTAGE = columns(WEIGHT, ADVANTAGE, ndim=2)
+STEP = columns(ADVANTAGE, ADVANTAGE, ADVANTAGE, MASK, MASK, ndim=2)
+WEIGHED_STEP = columns(WEIGHT, ADVANTAGE, ADVANTAGE, ADVANTAGE, MASK, MASK, ndim=2)
 
 CASES = {
     "_xp.stop_gradient": Case(_xp.stop_gradient, W),
@@ -77,6 +80,7 @@ CASES = {
     "weights.clip default": Case(weights.clip, W),
     "weights.switch": Case(partial(weights.switch, threshold=5.0), W),
     "weights.truncate": Case(partial(weights.truncate, threshold=5.0), W),
+    "weights.mask_outside": Case(partial(weights.mask_outside, low=0.5, high=5.0), W),
     "weights.shrink": Case(partial(weights.shrink, strength=10.0), W),
     "weights.shrink 0": Case(partial(weights.shrink, strength=0.0), W),
     "weights.shrink inf": Case(partial(weights.shrink, strength=np.inf), W),
@@ -97,6 +101,10 @@ CASES = {
     "terms.implicit_exploration": Case(partial(terms.implicit_exploration, floor=0.1), columns(PROPENSITY, PROPENSITY, REWARD)),
     "baselines.group_center": Case(baselines.group_center, GROUPS),
     "baselines.leave_one_out": Case(baselines.leave_one_out, GROUPS),
+    "baselines.group_std": Case(partial(baselines.group_std, unbiased=True), GROUPS),
+    "baselines.group_std of all": Case(partial(baselines.group_std, unbiased=False), GROUPS),
+    "baselines.weighted_group_center": Case(baselines.weighted_group_center, columns(REWARD, PROPENSITY, LABEL, MASK)),
+    "baselines.group_soft_value": Case(partial(baselines.group_soft_value, temperature=2.0), GROUPS),
     "baselines.weights_vary": Case(baselines.weights_vary, WR.map(lambda wr: moments(*wr)[::2])),
     "baselines.optimal_control_variate": Case(baselines.optimal_control_variate, WR.map(lambda wr: moments(*wr))),
     "divergences.k1": Case(divergences.k1, PAIR),
@@ -109,6 +117,21 @@ CASES = {
     "reduce.masked_sum axis": Case(partial(reduce.masked_sum, axis=-1), TOKENS),
     "reduce.reduce_terms token": Case(partial(reduce.reduce_terms, scope="token"), TOKENS),
     "reduce.reduce_terms sequence": Case(partial(reduce.reduce_terms, scope="sequence"), TOKENS),
+    "reduce.reduce_terms sum": Case(partial(reduce.reduce_terms, scope="sequence_sum"), TOKENS),
+    "reduce.reduce_terms norm": Case(partial(reduce.reduce_terms, scope="sequence_sum", length=10.0), TOKENS),
+    "surrogates.clipped": Case(partial(surrogates.clipped, low=0.8, high=1.2), RATIO_ADVANTAGE),
+    "surrogates.dual_clipped": Case(partial(surrogates.dual_clipped, low=0.8, high=1.2, bound=3.0), RATIO_ADVANTAGE),
+    "surrogates.OneSided": Case(surrogates.OneSided().keep, RATIO_ADVANTAGE),
+    "surrogates.TwoSided": Case(surrogates.TwoSided().keep, RATIO_ADVANTAGE),
+    "surrogates.Ring": Case(surrogates.Ring().keep, RATIO_ADVANTAGE),
+    "returns.reverse_sum": Case(returns.reverse_sum, columns(ADVANTAGE, CHANCE, ndim=2)),
+    "returns.discounted": Case(partial(returns.discounted, discount=0.9), columns(ADVANTAGE, MASK, ndim=2)),
+    "returns.temporal_difference": Case(
+        partial(returns.temporal_difference, discount=0.9), columns(ADVANTAGE, ADVANTAGE, ADVANTAGE, MASK, ndim=2)
+    ),
+    "returns.gae": Case(partial(returns.gae, discount=0.9, lambda_=0.8), STEP),
+    "returns.vtrace": Case(partial(returns.vtrace, discount=0.9), WEIGHED_STEP),
+    "returns.retrace": Case(partial(returns.retrace, discount=0.9, lambda_=0.8), WEIGHED_STEP),
     "reduce.divide": Case(lambda num, den: reduce.divide(terms.Terms(num, den)), columns(REWARD, WEIGHT)),
 }
 EACH = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -131,7 +154,8 @@ def test_the_table_names_every_public_function() -> None:
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__ == module.__name__ and not name.startswith("_")
     }
-    assert found - NOT_NUMBERS == {name.split()[0] for name in CASES}
+    gates = {f"surrogates.{gate.__name__}" for gate in get_args(surrogates.Gate)}
+    assert found - NOT_NUMBERS | gates == {name.split()[0] for name in CASES}
 
 
 @EACH

@@ -289,7 +289,7 @@ def test_same_shape_names_every_array() -> None:
 
 
 def test_an_unknown_scope_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"'batch'.*'token' or 'sequence'"):
+    with pytest.raises(ValueError, match=r"'batch'.*'token', 'sequence' or 'sequence_sum'"):
         reduce.reduce_terms(np.ones((1, 2)), np.ones((1, 2), dtype=bool), scope="batch")  # type: ignore[arg-type]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from ope.primitives import _xp, baselines, divergences, reduce, terms, weights
+from ope.primitives import _xp, baselines, divergences, reduce, returns, surrogates, terms, weights
 
 tensor = partial(torch.tensor, dtype=torch.float64)
 
@@ -23,6 +23,9 @@ DIST, DIST_REF = [[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]], [[0.4, 0.35, 0.25], [0.2, 0
 MASK = torch.tensor([[True, False, True], [True, True, False]])
 GROUP, ROWS = torch.tensor([4, 4, 9, 4]), torch.tensor([True, True, True, False])
 MOMENTS = [[1.2], [0.6], [2.9], [1.1]]
+RATIO, ADVANTAGE = [[0.5, 1.1, 2.5], [0.5, 1.1, 4.0]], [[1.0, 2.0, 1.5], [-1.0, -2.0, -1.5]]
+ENDS = torch.tensor([[False, True, False], [False, False, True]])
+CUT = torch.tensor([[False, False, True], [True, False, False]])
 
 
 def two_terms(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
@@ -64,6 +67,19 @@ SMOOTH: dict[str, tuple[Callable[..., Any], list[Any]]] = {
     "masked_sum": (lambda values: reduce.masked_sum(values, MASK, axis=-1), [LOGP]),
     "reduce_terms token": (two_terms(reduce.reduce_terms, scope="token"), [LOGP]),
     "reduce_terms sequence": (two_terms(reduce.reduce_terms, scope="sequence"), [LOGP]),
+    "mask_outside": (partial(weights.mask_outside, low=0.5, high=2.0), [W]),
+    "group_std": (lambda reward: baselines.group_std(reward, GROUP, ROWS, unbiased=True)[:2], [R]),  # not where it is 0
+    "weighted_group_center": (lambda reward, w: baselines.weighted_group_center(reward, w, GROUP, ROWS), [R, W]),
+    "group_soft_value": (lambda reward: baselines.group_soft_value(reward, GROUP, ROWS, 0.5), [R]),
+    "reduce_terms sum": (two_terms(reduce.reduce_terms, scope="sequence_sum", length=5.0), [LOGP]),
+    "clipped": (partial(surrogates.clipped, low=0.8, high=1.2), [RATIO, ADVANTAGE]),
+    "dual_clipped": (partial(surrogates.dual_clipped, low=0.8, high=1.2, bound=3.0), [RATIO, ADVANTAGE]),
+    "reverse_sum": (returns.reverse_sum, [LOGP, RATIO]),
+    "discounted": (lambda reward: returns.discounted(reward, ENDS, 0.9), [LOGP]),
+    "temporal_difference": (lambda r, v, after: returns.temporal_difference(r, v, after, ENDS, 0.9), [LOGP, LOGP_REF, RATIO]),
+    "gae": (lambda r, v, after: returns.gae(r, v, after, ENDS, CUT, 0.9, 0.8), [LOGP, LOGP_REF, RATIO]),
+    "vtrace": (lambda w, r, v: returns.vtrace(w, r, v, v, ENDS, CUT, 0.9), [RATIO, LOGP, LOGP_REF]),
+    "retrace": (lambda w, r, q: returns.retrace(w, r, q, q, ENDS, CUT, 0.9), [[[0.5, 0.6, 2.5], [0.5, 0.7, 4.0]], LOGP, LOGP_REF]),
     "divide": (lambda num, den: reduce.divide(terms.Terms(num, den)), [R, W]),
 }
 

@@ -1,0 +1,1 @@
+"""One module per family of methods: its protocol, its batch and its trainer."""

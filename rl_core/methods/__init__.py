@@ -1,0 +1,1 @@
+"""One module per published method: fields, paper, two pure functions."""
