@@ -233,7 +233,7 @@ class Registry:
             before = ", ".join(each[:16] for each in served[-6:-1]) or "there is none"
             raise InputError(
                 f"decision point {decision_point!r}: found {found}; expected one served before, newest last: {before}; "
-                "to serve any other artifact, such as a newer one, use `propel policy promote`"
+                "to serve any other artifact use `propel policy promote`, and for the default action `propel policy freeze --safe`"
             )
         self.load(target)
         (entry,) = self._change([("rollback", target)], decision_point, who, why)

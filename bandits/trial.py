@@ -60,7 +60,3 @@ def trial() -> int:
         sys.stderr.write(f"{type(error).__name__}: {error}".replace("\n", " "))
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(trial())

@@ -18,11 +18,14 @@ CREATE TABLE entries (
     answer BLOB NOT NULL, checksum BLOB NOT NULL
 ) STRICT;
 CREATE TABLE log (id TEXT PRIMARY KEY, began_ns INTEGER NOT NULL, sealed INTEGER NOT NULL, rows INTEGER NOT NULL) STRICT;
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;
 """
 
 LEAST_SQLITE = (3, 51, 3)
 """Before it, a write-ahead log that was reset while another connection checkpointed could lose a commit."""
+
+VERSION = 2
+"""Of what a file holds, and of what its checksums are of."""
 
 COMPACTED = "compacted.jsonl"
 """Beside the files: a line of JSON for each that was deleted, since a lake holds all of it."""
@@ -99,6 +102,13 @@ def reading(path: Path) -> apsw.Connection:
     return connection
 
 
+def check_version(path: Path, connection: apsw.Connection) -> int:
+    """Version of a file; 0 where it was made and not begun yet. Raises InputError for one that another version wrote."""
+    if (version := int(connection.pragma("user_version"))) not in (0, VERSION):
+        raise InputError(f"{path}: found version {version}; expected {VERSION}: use the propel that wrote it, or a backup")
+    return version
+
+
 def begin(path: Path, clock: Callable[[], int], connect: Connect = writing) -> apsw.Connection:
     """A connection to a file that is there afterwards, whoever made it. Several processes may begin it at once.
 
@@ -109,12 +119,10 @@ def begin(path: Path, clock: Callable[[], int], connect: Connect = writing) -> a
     connection = connect(path)
     connection.execute("BEGIN IMMEDIATE")
     try:
-        if (version := connection.pragma("user_version")) == 0:
+        if not check_version(path, connection):
             connection.execute(SCHEMA)
             name = f"{path.stem}-{secrets.token_hex(6)}"  # another one where a folder was lost and made anew
             connection.execute("INSERT INTO log VALUES (?, ?, 0, 0)", (name, clock()))
-        elif version != 1:
-            raise InputError(f"{path}: found version {version}; expected 1: use the propel that wrote it")
         connection.execute("COMMIT")
     except BaseException:
         connection.close()

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from bandits.batch import DecisionBatch
 from bandits.decision_point import DecisionPoint
@@ -140,7 +141,8 @@ def replay(
             result.decisions += len(some)
             _draw_again(path, some, salts, result)
             if judge is not None:
-                _decide_again(path, some, judge, result)
+                with threadpool_limits(1, "blas"):  # products of a chunk are too small to share between threads
+                    _decide_again(path, some, judge, result)
             progress(result.decisions)
     return result
 

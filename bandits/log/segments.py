@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -12,12 +13,15 @@ from typing import Any
 
 import apsw
 
-from bandits.log.files import file_after, log_files, number_of, read_head, reading
+from bandits.log.files import check_version, file_after, log_files, number_of, read_head, reading
 from bandits.log.keys import Known, look_up
 from bandits.log.port import KINDS, Kind, Stored, whole_of
 from ope.data import InputError
 
 COLUMNS = "kind, key, content, record, answer, checksum"
+
+UNLIKE = (ValueError, TypeError, KeyError, struct.error)
+"""What it raises to check something that is not even of an entry's types and ranges."""
 
 PIECE = 64
 """Entries that are read at once: few enough for the processor's cache."""
@@ -43,10 +47,13 @@ def segment(path: Path) -> Segment:
     """What is known of a file. Raises DamagedError where it cannot be read."""
     try:
         with _opened(path) as connection:
+            check_version(path, connection)
             found: list[Any] = connection.execute("SELECT id, began_ns, sealed, rows FROM log").fetchall()
             last: Any = connection.execute("SELECT max(row) FROM entries").get
     except (apsw.Error, UnicodeDecodeError) as error:
         raise DamagedError(f"{path}: found {error}; expected a file of a log: restore it from a backup") from None
+    except InputError as error:
+        raise DamagedError(str(error)) from None
     if len(found) != 1 or [type(part) for part in found[0]] != [str, int, int, int] or type(last) not in (int, type(None)):
         raise DamagedError(f"{path}: found {len(found)} descriptions; expected a whole one: restore it from a backup")
     ((log_id, began, sealed, rows),) = found
@@ -72,7 +79,7 @@ def numbered(path: Path, after: int, until: int) -> Iterator[tuple[int, int, byt
                 for row, kind, key, content, record, answer, checksum in some
                 if blake2b(whole_of(kind, key, content, record, answer), digest_size=16).digest() == checksum
             ]
-        except (ValueError, TypeError):  # one of them is not even of its columns' types
+        except UNLIKE:
             yield from ((one.row, one.kind, one.record) for one in filter(None, (_checked("", *row) for row in some)))
 
 
@@ -155,7 +162,7 @@ def _index_says(folder: Path, key: bytes) -> tuple[set[int], Known | None]:
 
 def _entry(path: Path, where: str, value: int | bytes) -> Stored | None:
     with _damage_told(path), _opened(path) as connection:
-        if connection.pragma("user_version") == 0:
+        if not check_version(path, connection):
             return None  # made, and not begun yet
         log_id = connection.execute("SELECT id FROM log").get
         if not isinstance(log_id, str):
@@ -173,7 +180,7 @@ def _checked(
         if blake2b(whole_of(kind, key, content, record, answer), digest_size=16).digest() != checksum:
             return None
         return Stored(log_id, row, KINDS[kind], key, content, record, answer)
-    except (ValueError, TypeError, KeyError):
+    except UNLIKE:
         return None
 
 

@@ -103,6 +103,7 @@ def audit(
         try:
             _audit_file(one, settings.tenant, held[one.log_id], until.get(one.log_id, 0), known, lake, snapshot, result)
         except DamagedError as error:
+            result.missing += sum(end - start + 1 for start, end in gaps(one.path))
             result.findings.append(str(error))
         progress(done, len(files))
     _look_for_lost_files(folder, {number_of(path) for path in log_files(folder)}, gone, until, result)

@@ -46,8 +46,8 @@ def verify(config: Config = Path("propel.toml"), as_json: AsJsonObject = False) 
         typer.echo(json.dumps({"files": told, "damaged": len(bad)}, indent=2))
     else:
         for one in told:
-            ends = ", ".join(f"{first} to {last}" for first, last in one["gaps"])
-            said = one["error"] or (f"records {ends} are missing or damaged" if ends else f"{one['last_row']:,} records, all there")
+            ends = ", ".join(f"{first}" if first == last else f"{first} to {last}" for first, last in one["gaps"])
+            said = one["error"] or (f"missing or damaged: {ends}" if ends else f"{one['last_row']:,} records, all there")
             typer.echo(f"{one['file']}: {said}")
     if bad:
         raise typer.Exit(FOUND)

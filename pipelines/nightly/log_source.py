@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from bandits.log.files import log_files, reading
 from bandits.log.port import Kind as Recorded
-from bandits.log.segments import DamagedError, numbered, segment
+from bandits.log.segments import DamagedError, Segment, numbered, segment
 from ope.data import InputError
 from pipelines.nightly.lake import Lake, Snapshot
 from pipelines.nightly.settings import Settings
@@ -134,12 +134,16 @@ def sources_of(settings: Settings, lake: Lake, snapshot: Snapshot) -> list[Sourc
     """All that a night reads: folders in the inbox, and the service's log. Raises DamagedError where a file of the log is."""
     listed = lake.frame(snapshot.find("sources"), ["name"])
     read = [] if listed is None else listed["name"].to_list()
-    return [*inbox(settings.path(settings.file.lake.inbox)), *log_ranges(settings.log, read)]
+    held = lake.frame(snapshot.find("sequence"))
+    there = {} if held is None else held.group_by("log_id").agg("first", "last").rows_by_key("log_id", unique=True)
+    found = {log_id: list(zip(*ends, strict=True)) for log_id, ends in there.items()}
+    return [*inbox(settings.path(settings.file.lake.inbox)), *log_ranges(settings.log, read, found)]
 
 
-def log_ranges(folder: Path, read: Collection[str]) -> list[LogRange]:
-    """Ranges of a log's files: those that were read before, by their names, and of each file what came since.
+def log_ranges(folder: Path, read: Collection[str], held: Mapping[str, Sequence[tuple[int, int]]]) -> list[LogRange]:
+    """Ranges of a log's files: those that were read before, by their names; of each file what came since; and what was put back.
 
+    `held`: by log, the numbers of records that were met. Others that were read over, as damaged or missing, are looked for again.
     Raises DamagedError for a file that cannot be read.
     """
     before: dict[str, list[tuple[int, int]]] = {}
@@ -147,28 +151,48 @@ def log_ranges(folder: Path, read: Collection[str]) -> list[LogRange]:
         before.setdefault(found["log_id"], []).append((int(found["first"]), int(found["last"])))
     ranges = []
     for path in log_files(folder):
-        described, last = segment(path), _last_row(path)
+        described = segment(path)
+        last = _last_row(path, described)
         log_id = described.log_id
         known = sorted(before.get(log_id, []))
         ranges += [LogRange(path, log_id, *ends) for ends in known]
-        first = known[-1][1] + 1 if known else 1
+        first = max((end for _, end in known), default=0) + 1
         if last < first - 1 and not described.sealed:  # its next record would have a number that was read
             raise DamagedError(
                 f"{path}: found {last} as its last record; expected {first - 1}, which was read: restore it from a backup, or move "
                 "it away, so that a new file is begun"
             )
+        ranges += [one for one in _put_back(path, log_id, first - 1, held.get(log_id, [])) if one.name not in read]
         if last >= first:
             ranges.append(LogRange(path, log_id, first, last))
     return ranges
 
 
-def _last_row(path: Path) -> int:
-    """The last record that is there: beyond it, numbers may still be given away."""
+def _put_back(path: Path, log_id: str, until: int, held: Sequence[tuple[int, int]]) -> Iterator[LogRange]:
+    """Gaps among the records that were read, of which something can be read now."""
+    after = 0
+    for first, last in [*sorted(held), (until + 1, until + 1)]:
+        if first > after + 1:
+            with suppress(DamagedError):  # still damaged
+                if next(numbered(path, after, first - 1), None) is not None:
+                    yield LogRange(path, log_id, after + 1, first - 1)
+        after = max(after, last)
+
+
+def _last_row(path: Path, described: Segment) -> int:
+    """The last record that is there: beyond it, numbers may still be given away. Of a sealed file the last that must be there."""
+    if described.sealed:
+        return described.last_row
     try:
         with closing(reading(path)) as connection:
-            return int(connection.execute("SELECT coalesce(max(row), 0) FROM entries").get)
+            last = int(connection.execute("SELECT coalesce(max(row), 0) FROM entries").get)
     except apsw.Error as error:
         raise DamagedError(f"{path}: found {error}; expected a file of a log: restore it from a backup") from None
+    if last < described.last_row:  # a tail that vanished, or a damaged end, before which there may be more
+        with suppress(DamagedError):
+            for row, *_ in numbered(path, last, described.last_row):
+                last = row
+    return last
 
 
 def _table(kind: Kind, log_id: str, some: Sequence[tuple[int, bytes]], read: Callable[[bytes], Any]) -> pa.Table:
@@ -181,7 +205,12 @@ def _table(kind: Kind, log_id: str, some: Sequence[tuple[int, bytes]], read: Cal
             f"{log_id}: found {error} in a record of {kind}; expected one of this version: use a newer propel"
         ) from None
     columns = dict(zip(schema.names, zip(*rows, strict=True), strict=False))
-    arrays = [_array(name, columns[name], schema.field(name).type) for name in schema.names[: -len(NUMBERED)]]
+    try:
+        arrays = [_array(name, columns[name], schema.field(name).type) for name in schema.names[: -len(NUMBERED)]]
+    except (pa.ArrowException, OverflowError) as error:
+        raise InputError(
+            f"{log_id}: found {error} in a record of {kind}; expected one of this version: use a newer propel"
+        ) from None
     numbers = [pa.repeat(pa.scalar(log_id), len(some)), pa.array([row for row, _ in some], pa.int64())]
     return pa.Table.from_arrays([*arrays, *numbers], schema=schema)
 

@@ -422,7 +422,7 @@ def test_what_is_no_log_is_said(folder: Path, tmp_path: Path) -> None:
         segment(folder / "log-00000001.sqlite")
     (folder / "log-00000001.sqlite").unlink()
     connection = apsw.Connection(str(folder / "log-00000001.sqlite"))
-    connection.pragma("user_version", 2)
+    connection.pragma("user_version", 3)
     connection.close()
-    with pytest.raises(InputError, match="found version 2; expected 1: use the propel that wrote it"):
+    with pytest.raises(InputError, match="found version 3; expected 2: use the propel that wrote it"):
         SqliteLog(folder, reserve=1)

@@ -11,7 +11,8 @@ import apsw
 import pytest
 
 from bandits.log.files import log_files, writing
-from bandits.log.segments import DamagedError
+from bandits.log.segments import DamagedError, gaps
+from bandits.log.segments import records as stored
 from pipelines.nightly.ingest import Ingested, ingest
 from pipelines.nightly.lake import Lake, open_lake
 from pipelines.nightly.log_source import log_ranges, sources_of
@@ -127,13 +128,70 @@ def test_a_damaged_record_is_left_out_and_is_a_missing_number(tmp_path: Path) ->
     assert [(row["first"], row["last"]) for row in sequence] == [(1, 7), (9, 20)]
 
 
+def test_a_record_that_was_put_back_is_read_once(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    append(config.log, entries(DECISIONS[:20]))
+    (path,) = log_files(config.log)
+    with closing(writing(path)) as connection:
+        connection.execute("CREATE TABLE saved AS SELECT * FROM entries WHERE row IN (8, 9, 12)")
+        connection.execute("DELETE FROM entries WHERE row IN (8, 9, 12)")
+    assert take(config)[1].counts["decisions"] == 17
+    assert take(config)[1].counts["decisions"] == 0
+    with closing(writing(path)) as connection:
+        connection.execute("INSERT INTO entries SELECT * FROM saved WHERE row <> 8")
+    assert take(config)[1].counts["decisions"] == 2
+    lake, found = take(config)
+    assert found.counts["decisions"] == 0
+    assert [(row["first"], row["last"]) for row in records(lake, lake.snapshot().find("sequence"))] == [(1, 7), (9, 20)]
+    with closing(writing(path)) as connection:
+        connection.execute("INSERT INTO entries SELECT * FROM saved WHERE row = 8")
+    append(config.log, entries([decision("later")]))
+    lake, found = take(config)
+    assert found.counts["decisions"] == 2
+    assert sorted(row["log_row"] for row in records(lake, lake.snapshot().find("decisions"))) == list(range(1, 22))
+
+
+@pytest.mark.parametrize(
+    "change", ["kind = 130", "kind = -1", "kind = 5000000000", "record = X'7B'", "checksum = X''", "key = X'64'"]
+)
+def test_no_altered_record_stops_the_others(change: str, tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    append(config.log, entries(DECISIONS[:20]))
+    (path,) = log_files(config.log)
+    with closing(writing(path)) as connection:
+        connection.execute(f"UPDATE entries SET {change} WHERE row = 8")
+    assert gaps(path) == [(8, 8)]
+    assert [one.row for one in stored(path)] == [*range(1, 8), *range(9, 21)]
+    assert take(config)[1].counts["decisions"] == 19
+
+
+def test_the_end_of_a_sealed_file_that_is_gone_is_a_gap(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    append(config.log, entries(DECISIONS[:20]))
+    (path,) = log_files(config.log)
+    with closing(writing(path)) as connection:
+        connection.execute("UPDATE log SET sealed = 1, rows = 20")
+        connection.execute("DELETE FROM entries WHERE row > 15")
+    assert [(one.first, one.last) for one in log_ranges(config.log, [], {})] == [(1, 20)]
+
+
+def test_a_log_of_another_version_is_said_to_be_one(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    append(config.log, entries(DECISIONS[:20]))
+    (path,) = log_files(config.log)
+    with closing(writing(path)) as connection:
+        connection.pragma("user_version", 1)
+    with pytest.raises(DamagedError, match="found version 1; expected 2: use the propel that wrote it"):
+        log_ranges(config.log, [], {})
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     config = settings(tmp_path)
     append(config.log, entries(DECISIONS))
     (path,) = log_files(config.log)
     path.write_bytes(b"no database" * 1000)
     with pytest.raises(DamagedError, match=r"log-00000001.sqlite: found .*; expected a file of a log: restore it"):
-        log_ranges(config.log, [])
+        log_ranges(config.log, [], {})
 
 
 def test_numbers_beyond_the_last_record_are_not_read_yet(tmp_path: Path) -> None:
@@ -143,5 +201,5 @@ def test_numbers_beyond_the_last_record_are_not_read_yet(tmp_path: Path) -> None
     (path,) = log_files(config.log)
     with closing(apsw.Connection(str(path))) as connection:
         connection.execute("DELETE FROM entries WHERE row > 15")
-    (one,) = log_ranges(config.log, [])
+    (one,) = log_ranges(config.log, [], {})
     assert (one.first, one.last) == (1, 15)
