@@ -33,6 +33,7 @@ from pipelines.terminal import (
     progress,
     split,
 )
+from rl_core.commands import rl_app
 from serving import backup_commands, commands
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ app.command()(commands.simulate)
 app.command()(backup_commands.backup)
 app.command()(backup_commands.restore)
 app.add_typer(commands.key_app)
+app.add_typer(rl_app)
 
 
 class IntervalKind(StrEnum):

@@ -109,7 +109,7 @@ class LoggedData:
             _reject_rows("sample_weight", weight, weight > 0, "a positive weight", "Drop rows that stand for nothing.")
             columns["sample_weight"] = weight
         if self.cluster is not None:
-            columns["cluster"] = _checked_cluster(self.cluster, n)
+            columns["cluster"] = checked_cluster(self.cluster, n)
         columns["rewards"] = {
             name: checked_finite(f"rewards[{name!r}]", values, (n,), "Drop rows whose reward is not known yet.")
             for name, values in self.rewards.items()
@@ -249,7 +249,8 @@ def _checked_action(values: ArrayLike) -> IntArray:
     return action.astype(np.int64, copy=False)
 
 
-def _checked_cluster(values: ArrayLike, n: int) -> NDArray[Any]:
+def checked_cluster(values: ArrayLike, n: int) -> NDArray[Any]:
+    """Units (n,), none of them missing; objects as text. Raises DataError."""
     cluster = np.asarray(values)
     if cluster.shape != (n,):
         raise DataError("cluster", f"shape {cluster.shape}", f"shape ({n},)", "Pass one unit id per row.")

@@ -1,0 +1,218 @@
+"""`propel rl`: methods that learn language models, and the experiments that verify them. Torch loads when a command is called."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bandits.terminal import bad_input
+from ope.data import InputError
+
+if TYPE_CHECKING:
+    from rl_core.registry import Method
+    from rl_core.verify.arms import Margin
+
+rl_app = typer.Typer(name="rl", help="Reinforcement learning on the estimators' own arithmetic.", no_args_is_help=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Name = Annotated[str, typer.Argument(metavar="METHOD", help="Name of a method, in any case.")]
+Folder = Annotated[Path, typer.Option("--folder", help="Where finished runs are kept, and read from.")]
+
+FAILED = 1
+"""Exit code of a verification that missed a margin."""
+
+
+@rl_app.command("list")
+def list_methods(json_: AsJson = False) -> None:
+    """Every method: its name, family, paper and page."""
+    from rl_core.registry import FAMILIES
+
+    rows = [
+        {
+            "name": method.__name__,
+            "family": family,
+            "paper": method.paper.source,
+            "title": method.paper.title,
+            "spec": method.paper.spec,
+        }
+        for family, methods in FAMILIES.items()
+        for method in methods
+    ]
+    if json_:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    _table(("name", "family", "paper", "title"), rows)
+
+
+@rl_app.command()
+def show(method: Name, json_: AsJson = False) -> None:
+    """A method's equations, and where each default is from."""
+    with bad_input("rl"):
+        from rl_core.config import to_table
+        from rl_core.registry import find
+
+        kind = find(method)
+        paper, table = kind.paper, to_table(kind())
+        if json_:
+            told = {name: getattr(paper, name) for name in ("source", "title", "spec", "equations", "defaults", "differs")}
+            typer.echo(json.dumps({"name": kind.__name__, **told, "settings": table}, indent=2))
+            return
+        typer.echo(f"{kind.__name__}: {paper.title} ({paper.source})\n")
+        _table(("equation", "is"), [{"equation": name, "is": text} for name, text in paper.equations.items()])
+        rows = [{"field": name, "default": str(table[name]), "from": origin} for name, origin in paper.defaults.items()]
+        _table(("field", "default", "from"), rows)
+        if paper.differs:
+            _table(("where sources differ", "what was taken"), [
+                {"where sources differ": name, "what was taken": text} for name, text in paper.differs.items()
+            ])  # fmt: skip
+
+
+@rl_app.command()
+def train(
+    method: Name,
+    out: Annotated[Path, typer.Option("--out", help="Folder of checkpoint and metrics.jsonl; a run that stopped goes on there.")],
+    settings: Annotated[
+        Path | None, typer.Option("--settings", help="TOML: [method] and [schedule], fields as `show` names them.")
+    ] = None,
+    task: Annotated[str, typer.Option("--task", help="addition or fillers.")] = "addition",
+    steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps; else the settings' own.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the prompts and the sampler.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """Train the small model by a method: imitation first, then rewards. pass@1 before, between and after."""
+    from rich.progress import Progress
+
+    with bad_input("rl"):
+        from rl_core.train import Trainer, run
+        from rl_core.verify.arms import TASKS, start
+
+        if task not in TASKS:
+            raise InputError(f"--task: found {task!r}; expected {' or '.join(TASKS)}")
+        made, schedule = _asked(method, settings, {"steps": steps, "seed": seed})
+        with Progress(transient=True) as bar:
+            shown = bar.add_task("imitation", total=schedule.steps)
+            trainer = Trainer(made, TASKS[task], schedule, start(task, out))
+            bar.update(shown, description="pass@1 ?")
+
+            def tell(metrics: dict[str, float]) -> None:
+                told = f"reward {metrics['reward']:.3f}"
+                bar.update(shown, completed=metrics["step"], description=told)
+
+            rows = run(trainer, out, tell)
+        measured = [row for row in rows if "pass_at_1" in row]
+        if json_:
+            typer.echo(json.dumps(measured, indent=2))
+            return
+        names = ("step", "rollouts", "cpu_seconds", "pass_at_1", "entropy", "ess")
+        _table(names, [{name: _short(row.get(name)) for name in names} for row in measured])
+
+
+@rl_app.command("eval")
+def evaluate_checkpoint(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `train --out` wrote.")],
+    task: Annotated[str, typer.Option("--task", help="addition or fillers.")] = "addition",
+    prompts: Annotated[int, typer.Option("--prompts", help="How many fixed prompts.")] = 1024,
+    json_: AsJson = False,
+) -> None:
+    """pass@1 of a checkpoint, with its standard error."""
+    with bad_input("rl"):
+        import torch
+
+        from rl_core.models.lm import LM
+        from rl_core.train import evaluate
+        from rl_core.verify.arms import TASKS
+
+        path = folder / "checkpoint.pt"
+        if not path.exists():
+            raise InputError(f"{path}: found none; expected the checkpoint of a run: propel rl train METHOD --out {folder}")
+        if task not in TASKS:
+            raise InputError(f"--task: found {task!r}; expected {' or '.join(TASKS)}")
+        model = LM()
+        model.load_state_dict(torch.load(path, weights_only=True)["trainer"]["policy"])
+        value = evaluate(model, TASKS[task], prompts)
+        error = (value * (1 - value) / prompts) ** 0.5
+        if json_:
+            typer.echo(json.dumps({"pass_at_1": value, "stderr": error, "prompts": prompts}))
+            return
+        typer.echo(f"pass@1 {value:.3f} +- {error:.3f} (standard error over {prompts:,} prompts)")
+
+
+@rl_app.command()
+def verify(
+    method: Name,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=1, help="Seeds of every arm; else as many as the method's page has.")
+    ] = None,
+    folder: Folder = Path(".verify/rl"),
+    json_: AsJson = False,
+) -> None:
+    """Run a method's smallest honest experiment, and say of each margin whether it is kept. Finished arms are not run again."""
+    from rich.console import Console
+
+    with bad_input("rl"):
+        from rl_core.registry import find
+        from rl_core.verify.arms import Arms
+        from rl_core.verify.experiments import experiment
+
+        name = find(method).__name__
+        asked = experiment(name)
+        count = asked.seeds if seeds is None else seeds
+        terminal = Console(stderr=True)
+        margins = asked.margins(Arms(folder, lambda text: terminal.print(text, style="dim")), range(count))
+    passed = all(one.passed for one in margins)
+    if json_:
+        typer.echo(
+            json.dumps({"name": name, "passed": passed, "seeds": count, "margins": [_told(one) for one in margins]}, indent=2)
+        )
+    else:
+        typer.echo(f"{name}: {asked.told}; {count} seed{'' if count == 1 else 's'}")
+        if count < asked.seeds:
+            typer.echo(f"fewer than the page's {asked.seeds}: margins on means are wider by {(asked.seeds / count) ** 0.5:.2f}")
+        _table(("margin", "required", "measured", ""), [
+            {"margin": one.name, "required": one.required, "measured": one.measured, "": "pass" if one.passed else "FAIL"}
+            for one in margins
+        ])  # fmt: skip
+    raise typer.Exit(0 if passed else FAILED)
+
+
+def _told(margin: Margin) -> dict[str, Any]:
+    return {name: getattr(margin, name) for name in ("name", "required", "measured", "passed")}
+
+
+def _asked(name: str, settings: Path | None, changes: Mapping[str, Any]) -> tuple[Method, Any]:
+    """A method and a schedule from a file of settings, and from what the command line says otherwise."""
+    import tomllib
+
+    from rl_core.config import from_table
+    from rl_core.registry import find
+    from rl_core.train import Schedule
+
+    tables: dict[str, Any] = {}
+    if settings is not None:
+        try:
+            tables = tomllib.loads(settings.read_text())
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise InputError(f"{settings}: found {error}; expected a file of TOML") from None
+        if unknown := sorted(set(tables) - {"method", "schedule"}):
+            raise InputError(f"{settings}: found {', '.join(unknown)}; expected [method] and [schedule]")
+    schedule = tables.get("schedule", {}) | {field: value for field, value in changes.items() if value is not None}
+    return from_table(find(name), tables.get("method", {})), from_table(Schedule, schedule)
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+
+
+def _table(names: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    """Rows in columns, as the other commands print them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*names, box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        table.add_row(*(str(row[name]) for name in names))
+    Console(width=None if Console().is_terminal else 160).print(table)

@@ -1,0 +1,402 @@
+"""Training of a language model by a method of the token family: collect, credit, step, write down; to the bit the same again.
+
+Who sampled is refreshed every `sync_interval` steps; every row keeps the log-probability that it was really sampled with. Several
+processes take one step together through `Ranks`, whose callables do nothing where there is one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor, nn
+
+from ope.data import InputError
+from ope.primitives.reduce import divide
+from ope.primitives.terms import Terms
+from rl_core.diagnostics import step_metrics
+from rl_core.families.token import (
+    Loss,
+    TokenBatch,
+    TokenMethod,
+    WithCritic,
+    WithReference,
+    WithStatistics,
+    counted,
+    credited,
+    denominators,
+    statistics,
+    total,
+)
+from rl_core.models.lm import LM, Critic
+from rl_core.rollout import CachedSampler, CausalModel, Replay, Rollouts, device_of, joined, token_logps
+from rl_core.tasks.addition import END, PAD
+
+
+class Task(Protocol):
+    """Prompts, and rewards that can be checked."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a response, at most."""
+        ...
+
+    def prompts(self, count: int, rng: Generator) -> Tensor:
+        """(count, P)."""
+        ...
+
+    def reward(self, prompts: Tensor, responses: Tensor, mask: Tensor) -> Tensor:
+        """(n,)."""
+        ...
+
+    def examples(self, count: int, rng: Generator) -> tuple[Tensor, Tensor]:
+        """Tokens (count, P + T) to imitate, and which of them are the answer's."""
+        ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a run goes, whatever its method."""
+
+    steps: int = 160
+    prompts: int = 32
+    responses: int = 8
+    sync_interval: int = 1
+    """Optimiser steps between two refreshes of the policy that samples."""
+    updates: int = 1
+    """Optimiser steps on each batch of rollouts: passes over parts of it (epochs x mini-batches)."""
+    micro_prompts: int | None = None
+    """Prompts whose responses meet the model at once; None: all."""
+    replay_share: float = 0.0
+    """Share of the prompts of a step that are drawn from earlier rollouts."""
+    replay_capacity: int = 256
+    proximal: bool = False
+    """Recompute the trust region's centre at every batch (three policies); else it is the policy that sampled."""
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    temperature: float = 1.0
+    eval_every: int = 40
+    eval_prompts: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts", "responses", "sync_interval", "updates", "eval_every", "eval_prompts"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: found {getattr(self, name)}; expected at least 1")
+        if not 0 <= self.replay_share < 1:
+            raise InputError(f"replay_share: found {self.replay_share}; expected at least 0, and below 1")
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Processes that take every step together, each with prompts of its own. The defaults: there is one."""
+
+    rank: int = 0
+    count: int = 1
+    summed: Callable[[Tensor], Tensor] = _same
+    """Σ over ranks."""
+    rows: Callable[[Tensor], Tensor] = _same
+    """Rows of all ranks after one another; how many may differ."""
+    shard: Callable[[nn.Module], object] = _same
+    """Spread what learns over ranks, in place. Its gradients become sums over ranks."""
+    whole: Callable[[Tensor], Tensor] = _same
+    """A tensor of what was spread."""
+
+
+class Trainer:
+    """A run that can be stopped after any step and gone on with to the bit: all that it knows is in `state`.
+
+    `start`: any causal model, of which copies are made; with its `end` and `pad` tokens where it is not the small one. `ranks`: all
+    with the same start and, but for their prompts, the same schedule. Raises InputError for a critic beside another model.
+    """
+
+    def __init__(
+        self,
+        method: TokenMethod,
+        task: Task,
+        schedule: Schedule,
+        start: CausalModel,
+        *,
+        end: int = END,
+        pad: int = PAD,
+        ranks: Ranks = Ranks(),
+    ) -> None:
+        self.method, self.task, self.schedule, self.ranks = method, task, schedule, ranks
+        self.end, self.pad = end, pad
+        self.policy, self.behavior = copy.deepcopy(start), copy.deepcopy(start)
+        self.reference = copy.deepcopy(start) if isinstance(method, WithReference) and method.needs_reference else None
+        self.critic = _critic(start, schedule.seed) if isinstance(method, WithCritic) else None
+        learned = [one for one in (self.policy, self.critic) if isinstance(one, nn.Module)]
+        for module in learned:
+            ranks.shard(module)
+        weights = [weight for module in learned for weight in module.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(weights, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+        self.rng = Generator().manual_seed(schedule.seed + 1_000_003 * ranks.rank)
+        self.replay = Replay(schedule.replay_capacity, [])
+        self.step, self.sampled_by = 0, 0
+        self.cpu_seconds, self.rollouts = 0.0, 0
+
+    def advance(self) -> dict[str, float]:
+        """One batch of rollouts and its optimiser steps; what is to be known of them."""
+        started = time.process_time()
+        if self.step % self.schedule.sync_interval == 0:
+            self.behavior.load_state_dict(self.weights())
+            self.sampled_by = self.step
+        found = self._mixed(self.collect())
+        if self.schedule.proximal:
+            with torch.no_grad():
+                proximal, _ = token_logps(self.policy, found, self.schedule.temperature)
+        metrics: dict[str, float] = {}
+        for update in range(self.schedule.updates):
+            part = self._part(found, update)
+            centre = proximal[part] if self.schedule.proximal else None
+            metrics = self.update(found.rows(part), centre)
+        self.step += 1
+        self.cpu_seconds += time.process_time() - started
+        return {"step": self.step, "rollouts": self.rollouts, "cpu_seconds": round(self.cpu_seconds, 3), **metrics}
+
+    def collect(self) -> Rollouts:
+        """Fresh rollouts of the policy that samples, which is whole on every rank: none waits for another's tokens."""
+        schedule, task, ranks = self.schedule, self.task, self.ranks
+        fresh = schedule.prompts - int(schedule.replay_share * schedule.prompts)
+        prompts = task.prompts(fresh, self.rng).repeat_interleave(schedule.responses, dim=0)
+        sampler = CachedSampler(self.behavior, self.end, self.pad)
+        responses, logp, mask = sampler.sample(prompts, task.max_tokens, schedule.temperature, self.rng)
+        group = (self.step * schedule.prompts + torch.arange(fresh)).repeat_interleave(
+            schedule.responses
+        ) * ranks.count + ranks.rank
+        self.rollouts += int(ranks.summed(torch.tensor(len(prompts))))
+        return Rollouts(
+            torch.cat((prompts, responses), dim=1), mask, logp, task.reward(prompts, responses, mask), group,
+            torch.full((len(prompts),), self.sampled_by),
+        )  # fmt: skip
+
+    def _mixed(self, fresh: Rollouts) -> Rollouts:
+        """Fresh rollouts, and some of earlier ones in the place of those that were not collected."""
+        schedule = self.schedule
+        if not schedule.replay_share:
+            return fresh
+        old = self.replay.draw(schedule.prompts - len(fresh) // schedule.responses, self.rng)
+        self.replay.add(fresh, schedule.responses)
+        return joined([fresh, *old])
+
+    def _part(self, found: Rollouts, update: int) -> slice:
+        """Rows of an update: whole prompts, the rollouts cut into as many parts as there are updates."""
+        if self.schedule.updates == 1:
+            return slice(None)
+        prompts = len(found) // self.schedule.responses
+        size = max(prompts // self.schedule.updates, 1) * self.schedule.responses
+        start = update * size % (prompts * self.schedule.responses)
+        return slice(start, start + size)
+
+    def update(self, found: Rollouts, proximal: Tensor | None = None) -> dict[str, float]:
+        """One optimiser step. Sums of the whole step come first, so that micro-batches and ranks change nothing."""
+        method, temperature, ranks = self.method, self.schedule.temperature, self.ranks
+        batch = replace(found.batch(), logp_proximal=proximal)
+        with torch.no_grad():
+            if self.reference is not None:
+                batch = replace(batch, logp_ref=token_logps(self.reference, found, temperature)[0])
+            if self.critic is not None:
+                batch = replace(batch, value=self._values(found))
+            everyone = credited(method, self._everyone(batch))
+        parts = self._parts(found, everyone.rows(ranks.rows(torch.full((len(found),), ranks.rank)) == ranks.rank))
+        stats: Mapping[str, Any] = {}
+        if isinstance(method, WithStatistics):
+            with torch.no_grad():
+                own = statistics(method, [(one, token_logps(self.policy, some, temperature)[0]) for some, one in parts])
+                stats = {name: ranks.summed(value) for name, value in own.items()}
+        dens = self._summed([denominators(method, one, stats) for _, one in parts])
+        self.optimizer.zero_grad(set_to_none=True)
+        logps, entropies, metrics = list[Tensor](), list[Tensor](), list[Loss]()
+        for some, one in parts:
+            logp, entropy = token_logps(self.policy, some, temperature)
+            loss = method.loss(one, counted(logp, one.mask), stats)
+            (-total(loss, dens)).backward()
+            logps, entropies, metrics = [*logps, logp.detach()], [*entropies, entropy], [*metrics, loss]
+        if isinstance(method, WithCritic):
+            self._teach(method, parts)
+        norm = self._clipped()
+        self.optimizer.step()
+        logp, entropy = (ranks.rows(torch.cat(some)[: len(found)]) for some in (logps, entropies))
+        told = step_metrics(logp, entropy, everyone.logp_behavior, everyone.mask, everyone.reward, everyone.group)
+        staleness = float((self.step - ranks.rows(found.policy)).float().mean())
+        return told | self._ratios(metrics) | {"grad_norm": norm, "staleness": staleness}
+
+    def _everyone(self, batch: TokenBatch) -> TokenBatch:
+        """The rows of all ranks: what credit takes over a batch, it takes over the whole step."""
+        values = {one.name: getattr(batch, one.name) for one in fields(batch)}
+        return TokenBatch(**{name: None if value is None else self.ranks.rows(value) for name, value in values.items()})
+
+    def _parts(self, found: Rollouts, batch: TokenBatch) -> list[tuple[Rollouts, TokenBatch]]:
+        """Micro-batches, as many on every rank: one that is done goes on with a row that counts nothing, since others wait."""
+        size = len(found) if self.schedule.micro_prompts is None else self.schedule.micro_prompts * self.schedule.responses
+        slices = [slice(start, start + size) for start in range(0, len(found), size)]
+        most = int(self.ranks.rows(torch.tensor([len(slices)])).max())
+        first = batch.rows(slice(0, 1))
+        idle = found.rows(slice(0, 1)), replace(first, mask=torch.zeros_like(first.mask))
+        return [(found.rows(some), batch.rows(some)) for some in slices] + [idle] * (most - len(slices))
+
+    def _summed(self, some: list[Any]) -> tuple[Any, ...]:
+        """Of the parts of all ranks."""
+        return tuple(self.ranks.summed(one) for one in _added(some))
+
+    def _clipped(self) -> float:
+        """The norm of the gradients of all that learns, which are cut to the schedule's."""
+        weights = [one for group in self.optimizer.param_groups for one in group["params"]]
+        norm = self.ranks.whole(nn.utils.get_total_norm([one.grad for one in weights if one.grad is not None]))
+        nn.utils.clip_grads_with_norm_(weights, self.schedule.grad_clip, norm)
+        return float(norm)
+
+    def _ratios(self, losses: list[Loss]) -> dict[str, float]:
+        """A method's own metrics, over all parts of the step."""
+        return {
+            name: float(divide(Terms(*_added([loss.metrics[name] for loss in losses])), self.ranks.summed))
+            for name in losses[0].metrics
+        }
+
+    def _values(self, found: Rollouts) -> Tensor:
+        """(B, T) the critic's values of the states before each token."""
+        assert self.critic is not None, "methods with a critic have one"
+        values: Tensor = self.critic(found.tokens[:, :-1].to(device_of(self.critic)))[:, found.prompt_tokens - 1 :]
+        return values.cpu()
+
+    def _teach(self, method: WithCritic, parts: list[tuple[Rollouts, TokenBatch]]) -> None:
+        """Gradients of the critic."""
+        with torch.no_grad():
+            assert all(one.value is not None for _, one in parts), "values came with the credit"
+            dens = self._summed([[term.den for term in method.critic(one, one.value).terms] for _, one in parts])
+        for some, one in parts:
+            (-total(method.critic(one, counted(self._values(some), one.mask)), dens)).backward()
+
+    def evaluate(self) -> float:
+        """pass@1: the share of fixed prompts that one sampled response answers."""
+        schedule, policy = self.schedule, copy.deepcopy(self.behavior)
+        policy.load_state_dict(self.weights())
+        return evaluate(policy, self.task, schedule.eval_prompts, schedule.temperature, end=self.end, pad=self.pad)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Those of the current policy, whole on every rank."""
+        return {name: self.ranks.whole(value) for name, value in self.policy.state_dict().items()}
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on."""
+        modules = {name: getattr(self, name) for name in ("policy", "behavior", "reference", "critic")}
+        return {
+            **{name: None if module is None else module.state_dict() for name, module in modules.items()},
+            "optimizer": self.optimizer.state_dict(), "rng": self.rng.get_state(),
+            "replay": [vars(one) for one in self.replay.held], "step": self.step, "sampled_by": self.sampled_by,
+            "cpu_seconds": self.cpu_seconds, "rollouts": self.rollouts,
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        for name in ("policy", "behavior", "reference", "critic"):
+            module = getattr(self, name)
+            if module is not None:
+                module.load_state_dict(state[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rng.set_state(state["rng"])
+        self.replay.held = [Rollouts(**one) for one in state["replay"]]
+        self.step, self.sampled_by = state["step"], state["sampled_by"]
+        self.cpu_seconds, self.rollouts = state["cpu_seconds"], state["rollouts"]
+
+
+def evaluate(policy: CausalModel, task: Task, prompts: int, temperature: float = 1.0, *, end: int = END, pad: int = PAD) -> float:
+    """Share of `prompts` fixed prompts that one sampled response answers: always the same prompts and draws."""
+    rng = Generator().manual_seed(20_000)
+    asked = task.prompts(prompts, rng)
+    responses, _, mask = CachedSampler(policy, end, pad).sample(asked, task.max_tokens, temperature, rng)
+    return float(task.reward(asked, responses, mask).mean())
+
+
+def imitate(
+    task: Task,
+    *,
+    seed: int = 0,
+    steps: int = 2000,
+    batch: int = 128,
+    learning_rate: float = 1e-3,
+    until: float = 1.0,
+    every: int = 20,
+) -> tuple[LM, int]:
+    """A model trained from nothing on examples, until it answers a share of prompts; and after how many steps it did."""
+    torch.manual_seed(seed)
+    model, rng = LM(), Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    for step in range(1, steps + 1):
+        tokens, mask = task.examples(batch, rng)
+        chances = torch.log_softmax(model(tokens[:, :-1]), dim=-1)
+        logp = chances.gather(2, tokens[:, 1:, None])[..., 0]
+        optimizer.zero_grad(set_to_none=True)
+        (-logp[mask[:, 1:]].mean()).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if until < 1 and step % every == 0 and evaluate(model, task, 1024) >= until:
+            return model, step
+    return model, steps
+
+
+def run(
+    trainer: Trainer, folder: Path | None = None, progress: Callable[[dict[str, float]], object] = lambda metrics: None
+) -> list[dict[str, float]]:
+    """A trainer's steps to the end of its schedule, from where its folder says it was; a line per step in `metrics.jsonl`.
+
+    pass@1 is measured before the first step, every `eval_every` steps and at the end. A run that was killed goes on at its last
+    evaluation, to the bit. Raises InputError for a folder and several ranks: a checkpoint is of one process.
+    """
+    if folder is not None and trainer.ranks.count > 1:
+        raise InputError(
+            f"found a folder and {trainer.ranks.count} ranks; expected no folder: each would write its own part of the weights"
+        )
+    schedule = trainer.schedule
+    rows = list[dict[str, float]]()
+    checkpoint = None if folder is None else folder / "checkpoint.pt"
+    if checkpoint is not None and checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        trainer.restore(state["trainer"])
+        rows = state["rows"]
+    if not rows:
+        rows.append({"step": 0, "rollouts": 0, "cpu_seconds": 0.0, "pass_at_1": trainer.evaluate()})
+    while trainer.step < schedule.steps:
+        metrics = trainer.advance()
+        last = trainer.step == schedule.steps
+        if last or trainer.step % schedule.eval_every == 0:
+            metrics["pass_at_1"] = trainer.evaluate()
+        rows.append(metrics)
+        progress(metrics)
+        if checkpoint is not None and "pass_at_1" in metrics:
+            _save(checkpoint, {"trainer": trainer.state(), "rows": rows})
+    return rows
+
+
+def _save(path: Path, state: Mapping[str, Any]) -> None:
+    """A checkpoint and its metrics, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(path)
+    lines = "".join(json.dumps(row) + "\n" for row in state["rows"])
+    (path.parent / "metrics.jsonl").write_text(lines)
+
+
+def _added(some: list[Any]) -> tuple[Any, ...]:
+    return tuple(sum(one[1:], one[0]) for one in zip(*some, strict=True))
+
+
+def _critic(start: CausalModel, seed: int) -> Critic:
+    """From a seed of its own: the same on every rank, and again."""
+    if not isinstance(start, LM):
+        raise InputError(f"found a method with a critic and a {type(start).__name__}; expected the small model, LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Critic(start.shape).to(device_of(start))
