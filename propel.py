@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bandits.terminal import BAD_INPUT, bad_input
-from pipelines import nightly_commands
+from pipelines import nightly_commands, rl
 from pipelines.log.commands import log_app
 from pipelines.policy_commands import policy_app
 from pipelines.terminal import (
@@ -58,6 +58,7 @@ app.command()(commands.simulate)
 app.command()(backup_commands.backup)
 app.command()(backup_commands.restore)
 app.add_typer(commands.key_app)
+rl_app.command()(rl.compare)
 app.add_typer(rl_app)
 
 

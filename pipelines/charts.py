@@ -150,6 +150,29 @@ def portfolio(shortlists: Sequence[Shortlist], knee: int) -> Spec:
     return _themed(alt.hconcat(*charts))
 
 
+def learning(rows: Sequence[Mapping[str, Any]], measures: Mapping[str, str]) -> Spec:
+    """A row per measure, over rollouts and over CPU seconds: a line per `method`, the mean over its seeds, and its seeds' range.
+
+    rows: `method`, `rollouts`, `cpu_seconds` and each measure with `_low` and `_high`; `measures`: titles by name.
+    """
+    order = list(dict.fromkeys(str(row["method"]) for row in rows))
+    legend = alt.Legend(orient="top", title=None, symbolOpacity=1, symbolType="stroke", symbolStrokeWidth=2)
+    colour = alt.Color("method:N", sort=order, legend=legend, scale=alt.Scale(scheme="tableau10"))
+    lines = []
+    for measure, title in measures.items():
+        some = [row for row in rows if row.get(measure) is not None]
+        panels = []
+        for across, said in (("rollouts", "rollouts"), ("cpu_seconds", "CPU seconds")):
+            base = alt.Chart(alt.Data(values=some)).encode(
+                x=alt.X(f"{across}:Q", title=said, axis=alt.Axis(tickCount=5)), color=colour
+            )
+            y = alt.Y(f"{measure}:Q", title=title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=4))
+            band = base.mark_area(opacity=0.18).encode(y=alt.Y(f"{measure}_low:Q", title=title), y2=f"{measure}_high:Q")
+            panels.append(alt.layer(band, base.mark_line(strokeWidth=1.8).encode(y=y)).properties(width=WIDTH // 2 - 60, height=90))
+        lines.append(alt.hconcat(*panels))
+    return _themed(alt.vconcat(*lines))
+
+
 def _forest(rows: Sequence[Mapping[str, Any]], x: Callable[[str], alt.X], line: float | None, words_at: float) -> Any:
     """A band per policy, a mark per estimator, in the order of the rows; where a number is refused a word stands at `words_at`."""
     order = list(dict.fromkeys(str(row["policy"]) for row in rows))

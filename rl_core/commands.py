@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bandits.terminal import bad_input
-from ope.data import InputError
 
 if TYPE_CHECKING:
     from rl_core.registry import Method
@@ -84,16 +83,19 @@ def train(
     json_: AsJson = False,
 ) -> None:
     """Train the small model by a method: imitation first, then rewards. pass@1 before, between and after."""
+    from rich.console import Console
     from rich.progress import Progress
 
     with bad_input("rl"):
+        from ope.data import InputError
         from rl_core.train import Trainer, run
         from rl_core.verify.arms import TASKS, start
 
         if task not in TASKS:
             raise InputError(f"--task: found {task!r}; expected {' or '.join(TASKS)}")
         made, schedule = _asked(method, settings, {"steps": steps, "seed": seed})
-        with Progress(transient=True) as bar:
+        console = Console(stderr=True)
+        with Progress(transient=True, console=console, disable=not console.is_terminal) as bar:
             shown = bar.add_task("imitation", total=schedule.steps)
             trainer = Trainer(made, TASKS[task], schedule, start(task, out))
             bar.update(shown, description="pass@1 ?")
@@ -122,6 +124,7 @@ def evaluate_checkpoint(
     with bad_input("rl"):
         import torch
 
+        from ope.data import InputError
         from rl_core.models.lm import LM
         from rl_core.train import evaluate
         from rl_core.verify.arms import TASKS
@@ -187,6 +190,7 @@ def _asked(name: str, settings: Path | None, changes: Mapping[str, Any]) -> tupl
     """A method and a schedule from a file of settings, and from what the command line says otherwise."""
     import tomllib
 
+    from ope.data import InputError
     from rl_core.config import from_table
     from rl_core.registry import find
     from rl_core.train import Schedule

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from ope.data import InputError
 from rl_core.families.token import TokenMethod
 from rl_core.methods.asymre import AsymRE
-from rl_core.methods.bapo import BAPO
-from rl_core.methods.grpo import GRPO
+from rl_core.methods.bapo import BAPO, RECOMMENDED
+from rl_core.methods.grpo import GRPO, KIN
 from rl_core.methods.opmd import OPMD, PairwiseOPMD, TrinityOPMD
 from rl_core.methods.ppo import PPO
-from rl_core.methods.rec import REC
+from rl_core.methods.rec import REC, VARIANTS
 from rl_core.methods.reinforce import REINFORCE
 
 Method = TokenMethod
@@ -28,3 +28,18 @@ def find(name: str) -> type[Method]:
         if method.__name__.lower() == name.lower():
             return method
     raise InputError(f"method: found {name!r}; expected one of {', '.join(one.__name__ for one in METHODS)}")
+
+
+SETTINGS: Mapping[str, Method] = {**KIN, **VARIANTS, "BAPO-gradient": RECOMMENDED}
+"""Settings that papers and libraries have names for."""
+
+
+def named(name: str) -> Method:
+    """A method with its defaults, or a setting that has a name of its own, in any case. Raises InputError."""
+    for known, method in SETTINGS.items():
+        if known.lower() == name.lower():
+            return method
+    try:
+        return find(name)()
+    except InputError as error:
+        raise InputError(f"{error}, {', '.join(SETTINGS)}") from None
