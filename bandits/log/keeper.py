@@ -16,7 +16,10 @@ from bandits.log.files import Connect, log_files, wal_bytes
 from bandits.log.keys import forget, index, open_keys, unindexed
 
 REST = 60.0
-"""Seconds after which what failed is tried again, and answers are looked for that are to be forgotten."""
+"""Seconds after which answers are looked for that are to be forgotten."""
+
+SOON = 5.0
+"""Seconds after which what failed is tried again: a file was being copied, or the disk was full."""
 
 
 class Keeper:
@@ -54,7 +57,7 @@ class Keeper:
         left: set[Path] = set()
         while True:
             try:
-                one = self._sealed.get(timeout=REST)
+                one = self._sealed.get(timeout=SOON if left else REST)
             except queue.Empty:
                 left = {path for path in left if not self._tend(path, None)}
             else:

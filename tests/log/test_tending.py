@@ -51,7 +51,7 @@ def test_a_sealed_file_is_whole_without_what_lies_beside_it(folder: Path, tmp_pa
     rotate(log, "next")
     slow.set()
     first = log_files(folder)[0]
-    wait_until(lambda: wal_bytes(first) == 0, 30.0)  # the keeper comes back every few seconds while another one copies
+    wait_until(lambda: wal_bytes(first) == 0, 30.0)  # the keeper comes back after a while where it met a copier
     copy = tmp_path / "copy.sqlite"
     shutil.copy(first, copy)
     assert segment(copy).sealed
@@ -65,13 +65,13 @@ def test_what_a_killed_process_left_beside_a_sealed_file_is_taken_in(folder: Pat
     rotate(log, "next")
     first = log_files(folder)[0]
     all_indexed(folder)
-    wait_until(lambda: wal_bytes(first) == 0, 30.0)  # the keeper comes back every few seconds while another one copies
+    wait_until(lambda: wal_bytes(first) == 0, 30.0)  # the keeper comes back after a while where it met a copier
     log.close()
     left = writing(first)
     left.execute("UPDATE log SET began_ns = began_ns + 1")
     assert wal_bytes(first) > 0
     opened()
-    wait_until(lambda: wal_bytes(first) == 0, 30.0)  # the keeper comes back every few seconds while another one copies
+    wait_until(lambda: wal_bytes(first) == 0, 30.0)  # the keeper comes back after a while where it met a copier
     left.close()
 
 
