@@ -44,7 +44,19 @@ class Rows:
     """w_π - w_ρ against the baseline ρ; empty without one."""
 
 
-class Estimator(Protocol):
+class Smooth(Protocol):
+    """A smooth function of means of columns: all that intervals, differences and shortlists ask of an estimator."""
+
+    def value(self, mean: FloatArray) -> FloatArray:
+        """Means (..., d) -> values (...): one estimate, or a thousand resamples at once."""
+        ...
+
+    def gradient(self, mean: FloatArray) -> FloatArray:
+        """Gradient (d,) of the value at one mean (d,)."""
+        ...
+
+
+class Estimator(Smooth, Protocol):
     """A smooth function of means of per-row columns."""
 
     name: ClassVar[str]
@@ -54,14 +66,6 @@ class Estimator(Protocol):
 
     def terms(self, rows: Rows) -> FloatArray:
         """Columns (n, d)."""
-        ...
-
-    def value(self, mean: FloatArray) -> FloatArray:
-        """Means (..., d) -> values (...): one estimate, or a thousand resamples at once."""
-        ...
-
-    def gradient(self, mean: FloatArray) -> FloatArray:
-        """Gradient (d,) of the value at one mean (d,)."""
         ...
 
 

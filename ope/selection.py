@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from ope.accumulate import Accumulated, Candidate, Target, accumulate, as_target
 from ope.data import FloatArray, InputError, IntArray, LoggedData, assign_folds
 from ope.diagnostics import Diagnostics, LogChecks, Thresholds, judge
-from ope.estimators import IPS, Estimator, estimator
+from ope.estimators import IPS, Estimator, Smooth, estimator
 from ope.evaluation import check_candidate
 from ope.primitives.divergences import total_variation
 from ope.stack import Stack
@@ -264,7 +264,7 @@ def select_sums(
     fold_b: Fold,
     distances: FloatArray,
     *,
-    by: str | Estimator = "DR",
+    by: str | Smooth = "DR",
     threshold: float | None = None,
     sizes: Sequence[int] = (2, 3, 4, 5),
     tolerance: float = 0.01,
@@ -292,7 +292,7 @@ def select_sums(
     possible = np.random.default_rng(seed).multivariate_normal(values, covariance, size=draws, method="eigh")
     shortlists = tuple(_shortlist(kept, possible, k, threshold) for k in sizes if 2 <= k <= len(kept))
     return Selection(
-        estimator=str(estimator(by)), ranking=tuple(kept), duplicates=twins, blocked=blocked,
+        estimator=str(estimator(by) if isinstance(by, str) else by), ranking=tuple(kept), duplicates=twins, blocked=blocked,
         doubtful=_doubtful(labels, fold_b, kept),
         selected_on=values_a[chosen[:-1]], values=values[:-1],
         covariance=covariance, baseline=float(values[-1]), shortlists=shortlists, knee=_knee(shortlists),

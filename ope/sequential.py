@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,7 +19,7 @@ from ope.accumulate import Accumulated, WeightMean
 from ope.data import FloatArray, InputError, checked_finite
 from ope.diagnostics import LogChecks, Thresholds, WeightTally, judge
 from ope.estimate import Estimate
-from ope.estimators import DR, IPS, SNIPS, Estimator, Needs, Rows, mean_gradient, mean_value
+from ope.estimators import DR, IPS, SNIPS, Needs, Rows, Smooth, mean_gradient, mean_value
 from ope.intervals import Normal
 from ope.moments import ClusterSums, Moments, counted
 from ope.primitives import weights
@@ -328,14 +328,14 @@ def _met(one: TrajectoryEstimator, steps: Steps) -> bool:
 
 def _accumulate(data: Trajectories, candidates: Sequence[tuple[str, Sequence[TrajectoryEstimator], Steps]]) -> Accumulated:
     """Sums of the columns of every candidate's estimators and mean weight, clusters first. Raises InputError for unmet needs."""
-    named: list[tuple[str, Estimator]] = []
+    named: list[tuple[str, Smooth]] = []
     blocks, tallies = [], []
     for label, estimators, steps in candidates:
         for one in estimators:
             if not _met(one, steps):
                 shape = "(N, T), one entry per step" if one.stepwise else "(N,), one entry per trajectory"
                 raise InputError(f"{one} needs a model; expected q and v of shape {shape}. Pass both, or ask only for {_free()}")
-            named.append((label, cast(Estimator, one)))  # a stack asks for value and gradient, never for terms
+            named.append((label, one))
             blocks.append(one.terms(steps))
         named.append((label, WeightMean()))
         blocks.append(WeightMean().terms(steps.whole))

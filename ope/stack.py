@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ope.data import FloatArray
-from ope.estimators import Estimator
+from ope.estimators import Smooth
 from ope.moments import Moments, per_row, per_row_gradient
 
 
@@ -17,7 +17,7 @@ class Part:
     """One estimate's share of the columns."""
 
     label: str
-    estimator: Estimator
+    estimator: Smooth
     columns: slice
 
 
@@ -70,7 +70,7 @@ def _no_overlap() -> np.errstate:
     return np.errstate(divide="ignore", invalid="ignore")
 
 
-def parts_of(estimators: Sequence[tuple[str, Estimator, int]]) -> tuple[Part, ...]:
+def parts_of(estimators: Sequence[tuple[str, Smooth, int]]) -> tuple[Part, ...]:
     """Parts from (label, estimator, number of columns), laid side by side."""
     ends = np.cumsum([0, *(width for _, _, width in estimators)])
     return tuple(
