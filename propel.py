@@ -37,6 +37,8 @@ from rl_core.commands import rl_app
 from serving import backup_commands, commands
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ope.intervals import Interval
 
 app = typer.Typer(
@@ -59,6 +61,7 @@ app.command()(backup_commands.backup)
 app.command()(backup_commands.restore)
 app.add_typer(commands.key_app)
 rl_app.command()(rl.compare)
+rl_app.command()(rl.rollouts)
 app.add_typer(rl_app)
 
 
@@ -131,11 +134,21 @@ def ope(
 ) -> None:
     """Value a policy on a log that another policy wrote, and say whether to believe the number.
 
-    Exit codes: 0 good, 2 bad input, 3 when every requested estimate is refused.
+    A log of rollouts (a column `logp_behavior` of lists) values checkpoints: --policy names columns of their log-probabilities, and
+    of several a shortlist is described. Exit codes: 0 good, 2 bad input, 3 when every requested estimate is refused.
     """
     with bad_input():
         from pipelines.evaluate import evaluate_file
         from pipelines.frame import ColumnMap
+        from pipelines.rollouts import holds_rollouts
+
+        if holds_rollouts(log):
+            no_use = {
+                "baseline": baseline, "context": context, "propensities": propensities, "eligible": eligible, "weight": weight,
+                "actions": actions, "labels": labels,
+            }  # fmt: skip
+            _value_checkpoints(log, policy, estimators, level, reward, cluster, seed, as_json, force, no_use)
+            return
 
     columns = ColumnMap(
         action=action,
@@ -179,6 +192,45 @@ def ope(
 
         with bad_input():
             print_bounds(Console(), bounds_of_file(log, policy, columns, k=actions))
+
+
+def _value_checkpoints(
+    log: Path,
+    policy: str,
+    estimators: str | None,
+    level: float,
+    reward: str,
+    cluster: str | None,
+    seed: int,
+    as_json: bool,
+    force: bool,
+    no_use: Mapping[str, object],
+) -> None:
+    """`propel ope` on a log of rollouts. Raises InputError for options that only logs of decisions have."""
+    from rich.console import Console
+
+    from ope.data import InputError
+    from pipelines.rollouts import read_rollouts
+    from pipelines.tables import print_reports, print_selection
+
+    if given := [f"--{name}" for name, value in no_use.items() if value is not None]:
+        raise InputError(f"found {', '.join(given)} and a log of rollouts; expected none of them: they are of logs of decisions")
+    names = split(estimators)
+    found = read_rollouts(log, split(policy) or [], reward, cluster)
+    reports = found.evaluate(names, level)
+    if as_json:
+        records = [{"policy": name} | record for name, report in reports.items() for record in report.to_records(force=force)]
+        typer.echo(json.dumps(records, indent=2, allow_nan=False))
+    else:
+        earned = next(iter(reports.values())).log.reward_mean
+        title = f"Checkpoints on {log} ({found.data.n:,} rollouts, mean reward {earned:.4g})"
+        print_reports(Console(), title, reports, force=force)
+        if len(reports) > 1:
+            selection = found.select(None if names is None else names[0], seed)
+            Console().print(f"Which k are worth paying for? Chosen on one half, valued on the other, by {selection.estimator}:")
+            print_selection(Console(), selection)
+    if all(report.refused for report in reports.values()):
+        raise typer.Exit(ALL_REFUSED)
 
 
 @app.command()

@@ -16,14 +16,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ope.accumulate import Accumulated, WeightMean
-from ope.data import FloatArray, InputError, checked_finite
+from ope.data import FloatArray, InputError, checked_finite, folds_of_units
 from ope.diagnostics import LogChecks, Thresholds, WeightTally, judge
 from ope.estimate import Estimate
 from ope.estimators import DR, IPS, SNIPS, Needs, Rows, Smooth, mean_gradient, mean_value
+from ope.evaluation import Report
 from ope.intervals import Normal
 from ope.moments import ClusterSums, Moments, counted
 from ope.primitives import weights
-from ope.selection import Fold
+from ope.selection import Fold, Selection, select_sums
 from ope.stack import Stack, parts_of
 from ope.trajectories import Trajectories, checked_steps, shaped_steps
 
@@ -199,13 +200,20 @@ SEQUENTIAL: tuple[TrajectoryEstimator, ...] = (TrajectoryIS(), PDIS(), WIS(), PD
 """One of each."""
 
 
+def trajectory_estimator(name: str) -> TrajectoryEstimator:
+    """An estimator from its printed name, in any case. Raises InputError that lists the names."""
+    for one in SEQUENTIAL:
+        if str(one).lower() == name.lower():
+            return one
+    raise InputError(f"unknown estimator {name!r} of trajectories; expected one of {', '.join(str(one) for one in SEQUENTIAL)}")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
     """Values of m candidates, and of the policy that sampled, on the same trajectories.
 
     Where true values are known, `selection.top_k(values, true, baseline, k)` and `selection.sharpe_ratio_at_k` grade the estimator.
-    Where they are not, `selection.select_sums(labels, a.fold, b.fold, a.distances, by=estimator)` describes tonight's shortlist
-    from the comparisons a, b of two halves (`Trajectories.take`) that no cluster spans.
+    Where they are not, `select_trajectories` describes tonight's shortlist.
     """
 
     labels: tuple[str, ...]
@@ -239,7 +247,7 @@ def evaluate_trajectories(
     v: ArrayLike | None = None,
     level: float = 0.95,
     thresholds: Thresholds = DEFAULT_THRESHOLDS,
-) -> list[Estimate]:
+) -> Report:
     """Estimate what a target would have earned per trajectory, with every estimator asked for, in their order.
 
     `logp_target` (N, T): the target's log-probabilities of the logged actions; -inf where it never takes one.
@@ -268,7 +276,7 @@ def evaluate_trajectories(
                 "refused" if grave else verdict, (*reasons, *grave), _notes(one, steps, sums.checks),
             )
         )  # fmt: skip
-    return estimates
+    return Report(tuple(estimates), weight, sums.checks)
 
 
 def compare_trajectories(
@@ -294,6 +302,32 @@ def compare_trajectories(
     candidates = [(label, (estimator,), steps) for label, steps in zip(targets, every, strict=True)]
     sums = _accumulate(data, [*candidates, ("baseline", (TrajectoryIS(),), steps_of(data, data.logp_behavior))])
     return Comparison(tuple(targets), Fold.of(sums), found)
+
+
+def select_trajectories(
+    data: Trajectories,
+    targets: Mapping[str, ArrayLike],
+    estimator: TrajectoryEstimator | None = None,
+    *,
+    sizes: Sequence[int] = (2, 3, 4, 5),
+    seed: int = 0,
+) -> Selection:
+    """The shortlist of candidates {label: log-probabilities (N, T)} worth paying for: chosen on one half, valued on the other.
+
+    Clusters stay whole. `estimator`: by default WIS, since whole trajectories have weights far from one. Raises InputError for less
+    than two candidates or clusters, and as `compare_trajectories` does.
+    """
+    if len(targets) < 2:
+        raise InputError(f"found {len(targets)} candidate(s); expected at least two to choose from")
+    kind, logps = estimator or WIS(), {label: np.asarray(logp) for label, logp in targets.items()}
+    labels = np.arange(data.n) if data.cluster is None else data.cluster
+    unit = np.unique(labels, return_inverse=True)[1]
+    fold = folds_of_units(int(unit.max()) + 1, 2, seed, "trajectories" if data.cluster is None else "clusters")[unit]
+    a, b = (
+        compare_trajectories(data.take(fold == half), {label: logp[fold == half] for label, logp in logps.items()}, kind)
+        for half in (0, 1)
+    )
+    return select_sums(a.labels, a.fold, b.fold, a.distances, by=kind, sizes=sizes, seed=seed)
 
 
 def steps_of(data: Trajectories, logp_target: ArrayLike, q: ArrayLike | None = None, v: ArrayLike | None = None) -> Steps:

@@ -26,7 +26,7 @@ from pipelines.compare import report_on
 from pipelines.demo_nights import Week, lines, run_week
 from pipelines.importers.open_bandit import open_bandit
 from pipelines.report import write_demo_report
-from pipelines.tables import number, print_reports, reasons
+from pipelines.tables import number, print_reports, print_selection, reasons
 
 ITEMS, POSITIONS, FOLDS = 80, 3, 3
 LEARNED: Mapping[str, Learner] = {
@@ -212,16 +212,7 @@ def print_demo(found: Demo, console: Console) -> None:
     console.print(
         f"\n[bold]4. Which k would be worth an A/B test? Ranked on fold A, described on fold B, by {found.selection.estimator}[/]"
     )
-    for word, whom in (("blocked", found.selection.blocked), ("doubtful", found.selection.doubtful)):
-        for label, why in whom.items():
-            console.print(f"  {word}: {label}: {' '.join(why)}", highlight=False)
-    for s in found.selection.shortlists:
-        mark = "  <- knee" if s.k == found.selection.knee else ""
-        console.print(
-            f"  k = {s.k}: gain {number(s.gain)}, spread {number(s.std)}, P(any harm) {s.p_any_harm:.0%}: "
-            f"{', '.join(s.candidates)}{mark}",
-            highlight=False,
-        )
+    print_selection(console, found.selection)
 
 
 def print_week(week: Week, console: Console) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bandits.terminal import bad_input
-from pipelines.terminal import AsJsonObject, split
+from pipelines.terminal import AsJsonObject, Seed, split
 
 if TYPE_CHECKING:
     from rl_core.verify.arms import Rows
@@ -76,6 +76,53 @@ def compare(
         shown.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console(width=None if Console().is_terminal else 160).print(shown)
     typer.echo(f"wrote {to / 'compare.csv'} and {to / 'compare.svg'}")
+
+
+def rollouts(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `train --out` wrote.")],
+    to: Annotated[Path, typer.Option("--to", help="Parquet file of the log; must be new.")],
+    by: Annotated[int, typer.Option("--by", help="Step of the kept policy that samples.")] = 0,
+    task: Annotated[str, typer.Option("--task", help="addition or fillers.")] = "addition",
+    prompts: Annotated[int, typer.Option("--prompts", min=2, help="How many prompts.")] = 400,
+    responses: Annotated[int, typer.Option("--responses", min=1, help="Of each.")] = 8,
+    seed: Seed = 0,
+    as_json: AsJsonObject = False,
+) -> None:
+    """Log responses that one kept policy of a run samples, with what every kept policy says of them: for `propel ope`."""
+    with bad_input("dev"):
+        import torch
+
+        from ope.data import InputError
+        from pipelines.rollouts import BEHAVIOR, write_rollouts
+        from rl_core.bridge import target_logps
+        from rl_core.models.lm import LM
+        from rl_core.train import kept, roll_out
+        from rl_core.verify.arms import TASKS
+
+        policies = dict[int, LM]()
+        for step, path in kept(folder).items():
+            policies[step] = LM()
+            policies[step].load_state_dict(torch.load(path, weights_only=True))
+        if by not in policies or task not in TASKS:
+            raise InputError(
+                f"found --by {by}, --task {task!r}; expected a step of {', '.join(map(str, policies))}, and {' or '.join(TASKS)}"
+            )
+        found = roll_out(policies[by], TASKS[task], prompts, responses, torch.Generator().manual_seed(seed))
+        length = found.mask.sum(dim=1).tolist()
+
+        def lists(values: Any) -> list[list[float]]:
+            return [row[:count] for row, count in zip(values.tolist(), length, strict=True)]
+
+        columns = {f"step_{step}": lists(target_logps(policy, found)) for step, policy in policies.items()}
+        tokens = found.tokens[:, found.prompt_tokens :]
+        write_rollouts(to, {
+            "group": found.group.tolist(), "policy": [f"step_{by}"] * len(found), "reward": found.reward.tolist(),
+            "response": lists(tokens), BEHAVIOR: lists(found.logp), **columns,
+        })  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps({"log": str(to), "rows": len(found), "by": f"step_{by}", "policies": list(columns)}))
+        return
+    typer.echo(f"wrote {to}: {len(found):,} responses of step_{by}. Now: propel ope --log {to} --policy {','.join(columns)}")
 
 
 def ends(name: str, runs: Sequence[Rows]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ope import Estimate, Report
+from ope.selection import Selection
 from ope.sensitivity import Bounds
 
 STYLES = {"trust": "green", "caution": "yellow", "refused": "red"}
@@ -44,6 +45,24 @@ def print_reports(
         console.print(f"- {escape(line)}", highlight=False)
     for line in notes(reports):
         console.print(f"  {escape(line)}", highlight=False, style="dim")
+
+
+def print_selection(console: Console, found: Selection) -> None:
+    """Shortlists of every size, and what was left out and why."""
+    for word, whom in (("blocked", found.blocked), ("doubtful", found.doubtful)):
+        for label, why in whom.items():
+            console.print(f"  {word}: {escape(label)}: {' '.join(why)}", highlight=False)
+    for label, (twin, distance) in found.duplicates.items():
+        console.print(f"  left out: {escape(label)} is {escape(twin)} but for {distance:.1%} of what it does", highlight=False)
+    for s in found.shortlists:
+        mark = "  <- knee" if s.k == found.knee else ""
+        console.print(
+            f"  k = {s.k}: gain {number(s.gain)}, spread {number(s.std)}, P(any harm) {s.p_any_harm:.0%}: "
+            f"{escape(', '.join(s.candidates))}{mark}",
+            highlight=False,
+        )
+    if not found.shortlists:
+        console.print("  no shortlist: fewer than two candidates are left", highlight=False)
 
 
 def print_bounds(console: Console, bounds: Sequence[Bounds]) -> None:

@@ -12,15 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ope.data import InputError
-from ope.estimate import Estimate
-from ope.selection import Selection, select_sums
-from ope.sequential import WIS, TrajectoryEstimator, compare_trajectories, evaluate_trajectories
+from ope.evaluation import Report
+from ope.selection import Selection
+from ope.sequential import WIS, TrajectoryEstimator, evaluate_trajectories, select_trajectories
 from ope.trajectories import Trajectories
 from rl_core.rollout import CausalModel, Rollouts, token_logps
-
-DEFAULT = WIS()
-"""What values checkpoints: whole responses are one decision each, and their weights are far from one."""
 
 
 def trajectories(rollouts: Rollouts) -> Trajectories:
@@ -45,7 +41,7 @@ def value_checkpoints(
     rollouts: Rollouts,
     estimators: Sequence[TrajectoryEstimator] = (WIS(),),
     temperature: float = 1.0,
-) -> dict[str, list[Estimate]]:
+) -> dict[str, Report]:
     """Estimates of each checkpoint's mean reward, by name, from rollouts that none of them need have sampled."""
     data = trajectories(rollouts)
     return {
@@ -54,20 +50,8 @@ def value_checkpoints(
 
 
 def select_checkpoints(
-    models: Mapping[str, CausalModel], rollouts: Rollouts, estimator: TrajectoryEstimator = DEFAULT, temperature: float = 1.0
+    models: Mapping[str, CausalModel], rollouts: Rollouts, estimator: TrajectoryEstimator | None = None, temperature: float = 1.0
 ) -> Selection:
-    """The shortlist of checkpoints worth a real evaluation: found on one half of the prompts, valued on the other.
-
-    Raises InputError for rollouts of fewer than four prompts.
-    """
-    labels = np.unique(rollouts.group.numpy())
-    if len(labels) < 4:
-        raise InputError(f"found rollouts of {len(labels)} prompts; expected at least 4: two halves are compared")
-    first = torch.from_numpy(np.isin(rollouts.group.numpy(), labels[::2]))
-    halves = []
-    for rows in (first, ~first):
-        some = rollouts.rows(rows)
-        logps = {name: target_logps(model, some, temperature) for name, model in models.items()}
-        halves.append(compare_trajectories(trajectories(some), logps, estimator))
-    a, b = halves
-    return select_sums(a.labels, a.fold, b.fold, a.distances, by=estimator)
+    """The shortlist of checkpoints worth a real evaluation: found on one half of the prompts, valued on the other."""
+    logps = {name: target_logps(model, rollouts, temperature) for name, model in models.items()}
+    return select_trajectories(trajectories(rollouts), logps, estimator)

@@ -18,9 +18,6 @@ def step_metrics(logp: Tensor, entropy: Tensor, behavior: Tensor, mask: Tensor, 
     """
     logs = torch.where(mask, log_ratio(logp, behavior), 0.0)
     weight, whole = logs[mask].exp(), logs.sum(dim=1).clip(-20, 20).exp()
-    labels, place = torch.unique(group, return_inverse=True)
-    highest = torch.full((len(labels),), -torch.inf).scatter_reduce(0, place, reward.float(), "amax")
-    lowest = torch.full((len(labels),), torch.inf).scatter_reduce(0, place, reward.float(), "amin")
     found = {
         "reward": reward.float().mean(),
         "length": mask.sum(dim=1).float().mean(),
@@ -31,6 +28,15 @@ def step_metrics(logp: Tensor, entropy: Tensor, behavior: Tensor, mask: Tensor, 
         "weight_max": weight.max(),
         "chi2": (weight**2).mean() - 1,
         "kl_behavior": -logs[mask].mean(),
-        "flat_groups": (highest == lowest).float().mean(),
+        "flat_groups": (reward_range(reward, group)[0] == 0).float().mean(),
     }
     return {name: float(value) for name, value in found.items()}
+
+
+def reward_range(reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Highest less lowest reward of each prompt (G,), and which prompt each response (B,) is of. Where it is 0, none is better."""
+    labels, place = torch.unique(group, return_inverse=True)
+    highest, lowest = (
+        torch.zeros(len(labels)).scatter_reduce(0, place, reward.float(), how, include_self=False) for how in ("amax", "amin")
+    )
+    return highest - lowest, place

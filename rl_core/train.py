@@ -20,7 +20,7 @@ from torch import Generator, Tensor, nn
 from ope.data import InputError
 from ope.primitives.reduce import divide
 from ope.primitives.terms import Terms
-from rl_core.diagnostics import step_metrics
+from rl_core.diagnostics import reward_range, step_metrics
 from rl_core.families.token import (
     Loss,
     TokenBatch,
@@ -35,6 +35,7 @@ from rl_core.families.token import (
     total,
 )
 from rl_core.models.lm import LM, Critic
+from rl_core.rewards import overlong_penalty
 from rl_core.rollout import CachedSampler, CausalModel, Replay, Rollouts, device_of, joined, token_logps
 from rl_core.tasks.addition import END, PAD
 
@@ -69,6 +70,8 @@ class Schedule:
     responses: int = 8
     sync_interval: int = 1
     """Optimiser steps between two refreshes of the policy that samples."""
+    sync_offset: int = 0
+    """Batches that are sampled ahead: training lags so many behind what was collected."""
     updates: int = 1
     """Optimiser steps on each batch of rollouts: passes over parts of it (epochs x mini-batches)."""
     micro_prompts: int | None = None
@@ -76,6 +79,10 @@ class Schedule:
     replay_share: float = 0.0
     """Share of the prompts of a step that are drawn from earlier rollouts."""
     replay_capacity: int = 256
+    redraws: int = 0
+    """Times that prompts whose responses all have one reward are replaced by others (DAPO's dynamic sampling); then they stay."""
+    overlong_margin: int | None = None
+    """Tokens below the longest response from which on length costs reward (DAPO's overlong shaping); None: it never does."""
     proximal: bool = False
     """Recompute the trust region's centre at every batch (three policies); else it is the policy that sampled."""
     learning_rate: float = 3e-4
@@ -90,6 +97,9 @@ class Schedule:
         for name in ("steps", "prompts", "responses", "sync_interval", "updates", "eval_every", "eval_prompts"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: found {getattr(self, name)}; expected at least 1")
+        for name in ("sync_offset", "redraws"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: found {getattr(self, name)}; expected at least 0")
         if not 0 <= self.replay_share < 1:
             raise InputError(f"replay_share: found {self.replay_share}; expected at least 0, and below 1")
 
@@ -144,6 +154,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(weights, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
         self.rng = Generator().manual_seed(schedule.seed + 1_000_003 * ranks.rank)
         self.replay = Replay(schedule.replay_capacity, [])
+        self.ahead = list[Rollouts]()
         self.step, self.sampled_by = 0, 0
         self.cpu_seconds, self.rollouts = 0.0, 0
 
@@ -153,7 +164,9 @@ class Trainer:
         if self.step % self.schedule.sync_interval == 0:
             self.behavior.load_state_dict(self.weights())
             self.sampled_by = self.step
-        found = self._mixed(self.collect())
+        while len(self.ahead) <= self.schedule.sync_offset:
+            self.ahead.append(self.collect())
+        found = self._mixed(self.ahead.pop(0))
         if self.schedule.proximal:
             with torch.no_grad():
                 proximal, _ = token_logps(self.policy, found, self.schedule.temperature)
@@ -168,19 +181,30 @@ class Trainer:
 
     def collect(self) -> Rollouts:
         """Fresh rollouts of the policy that samples, which is whole on every rank: none waits for another's tokens."""
-        schedule, task, ranks = self.schedule, self.task, self.ranks
+        schedule, ranks = self.schedule, self.ranks
         fresh = schedule.prompts - int(schedule.replay_share * schedule.prompts)
-        prompts = task.prompts(fresh, self.rng).repeat_interleave(schedule.responses, dim=0)
-        sampler = CachedSampler(self.behavior, self.end, self.pad)
-        responses, logp, mask = sampler.sample(prompts, task.max_tokens, schedule.temperature, self.rng)
-        group = (self.step * schedule.prompts + torch.arange(fresh)).repeat_interleave(
-            schedule.responses
-        ) * ranks.count + ranks.rank
-        self.rollouts += int(ranks.summed(torch.tensor(len(prompts))))
-        return Rollouts(
-            torch.cat((prompts, responses), dim=1), mask, logp, task.reward(prompts, responses, mask), group,
-            torch.full((len(prompts),), self.sampled_by),
-        )  # fmt: skip
+        numbers = torch.arange(fresh).repeat_interleave(schedule.responses)
+        found = self._rolled_out(fresh)
+        for _ in range(schedule.redraws):
+            spread, place = reward_range(found.reward, found.group)
+            varied = (spread > 0)[place]
+            if varied.all():
+                break
+            others = self._rolled_out(fresh - int((spread > 0).sum()))
+            found = replace(joined([found.rows(varied), others]), group=numbers)
+        group = ((self.step + len(self.ahead)) * schedule.prompts + numbers) * ranks.count + ranks.rank
+        return replace(found, group=group, policy=torch.full((len(found),), self.sampled_by))
+
+    def _rolled_out(self, prompts: int) -> Rollouts:
+        """Responses to some prompts, whose length costs where the schedule says so."""
+        schedule, task = self.schedule, self.task
+        found = roll_out(self.behavior, task, prompts, schedule.responses, self.rng, schedule.temperature, self.end, self.pad)
+        self.rollouts += int(self.ranks.summed(torch.tensor(len(found))))
+        if schedule.overlong_margin is None:
+            return found
+        return replace(
+            found, reward=found.reward + overlong_penalty(found.mask.sum(dim=1), task.max_tokens, schedule.overlong_margin)
+        )
 
     def _mixed(self, fresh: Rollouts) -> Rollouts:
         """Fresh rollouts, and some of earlier ones in the place of those that were not collected."""
@@ -295,7 +319,8 @@ class Trainer:
         return {
             **{name: None if module is None else module.state_dict() for name, module in modules.items()},
             "optimizer": self.optimizer.state_dict(), "rng": self.rng.get_state(),
-            "replay": [vars(one) for one in self.replay.held], "step": self.step, "sampled_by": self.sampled_by,
+            "replay": [vars(one) for one in self.replay.held], "ahead": [vars(one) for one in self.ahead],
+            "step": self.step, "sampled_by": self.sampled_by,
             "cpu_seconds": self.cpu_seconds, "rollouts": self.rollouts,
         }  # fmt: skip
 
@@ -307,17 +332,32 @@ class Trainer:
                 module.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.rng.set_state(state["rng"])
-        self.replay.held = [Rollouts(**one) for one in state["replay"]]
+        self.replay.held, self.ahead = ([Rollouts(**one) for one in state[name]] for name in ("replay", "ahead"))
         self.step, self.sampled_by = state["step"], state["sampled_by"]
         self.cpu_seconds, self.rollouts = state["cpu_seconds"], state["rollouts"]
 
 
+def roll_out(
+    policy: CausalModel,
+    task: Task,
+    prompts: int,
+    responses: int,
+    rng: Generator,
+    temperature: float = 1.0,
+    end: int = END,
+    pad: int = PAD,
+) -> Rollouts:
+    """Responses of a policy to fresh prompts, so many to each, with their rewards. Prompts are numbered from 0; the policy is 0."""
+    asked = task.prompts(prompts, rng).repeat_interleave(responses, dim=0)
+    written, logp, mask = CachedSampler(policy, end, pad).sample(asked, task.max_tokens, temperature, rng)
+    group = torch.arange(prompts).repeat_interleave(responses)
+    reward = task.reward(asked, written, mask)
+    return Rollouts(torch.cat((asked, written), dim=1), mask, logp, reward, group, torch.zeros_like(group))
+
+
 def evaluate(policy: CausalModel, task: Task, prompts: int, temperature: float = 1.0, *, end: int = END, pad: int = PAD) -> float:
     """Share of `prompts` fixed prompts that one sampled response answers: always the same prompts and draws."""
-    rng = Generator().manual_seed(20_000)
-    asked = task.prompts(prompts, rng)
-    responses, _, mask = CachedSampler(policy, end, pad).sample(asked, task.max_tokens, temperature, rng)
-    return float(task.reward(asked, responses, mask).mean())
+    return float(roll_out(policy, task, prompts, 1, Generator().manual_seed(20_000), temperature, end, pad).reward.mean())
 
 
 def imitate(
@@ -351,8 +391,9 @@ def run(
 ) -> list[dict[str, float]]:
     """A trainer's steps to the end of its schedule, from where its folder says it was; a line per step in `metrics.jsonl`.
 
-    pass@1 is measured before the first step, every `eval_every` steps and at the end. A run that was killed goes on at its last
-    evaluation, to the bit. Raises InputError for a folder and several ranks: a checkpoint is of one process.
+    pass@1 is measured before the first step, every `eval_every` steps and at the end, where the policy's weights are kept as well
+    (`kept`). A run that was killed goes on at its last evaluation, to the bit. Raises InputError for a folder and several ranks: a
+    checkpoint is of one process.
     """
     if folder is not None and trainer.ranks.count > 1:
         raise InputError(
@@ -367,6 +408,8 @@ def run(
         rows = state["rows"]
     if not rows:
         rows.append({"step": 0, "rollouts": 0, "cpu_seconds": 0.0, "pass_at_1": trainer.evaluate()})
+        if checkpoint is not None:
+            _save(checkpoint, trainer, rows)
     while trainer.step < schedule.steps:
         metrics = trainer.advance()
         last = trainer.step == schedule.steps
@@ -375,17 +418,30 @@ def run(
         rows.append(metrics)
         progress(metrics)
         if checkpoint is not None and "pass_at_1" in metrics:
-            _save(checkpoint, {"trainer": trainer.state(), "rows": rows})
+            _save(checkpoint, trainer, rows)
     return rows
 
 
-def _save(path: Path, state: Mapping[str, Any]) -> None:
-    """A checkpoint and its metrics, whole or not at all."""
+def kept(folder: Path) -> dict[int, Path]:
+    """Weights of the policies that a run kept, by step. Raises InputError where there are none."""
+    found = {int(path.stem.split("-")[1]): path for path in sorted(folder.glob("policy-*.pt"))}
+    if not found:
+        raise InputError(f"{folder}: found no kept policies; expected those of a run: propel rl train METHOD --out {folder}")
+    return found
+
+
+def _save(path: Path, trainer: Trainer, rows: list[dict[str, float]]) -> None:
+    """The policy, a checkpoint and its metrics, each whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(path)
-    lines = "".join(json.dumps(row) + "\n" for row in state["rows"])
+    states = {
+        path.with_name(f"policy-{trainer.step:06d}.pt"): trainer.weights(),
+        path: {"trainer": trainer.state(), "rows": rows},
+    }
+    for file, state in states.items():
+        part = file.with_suffix(".part")
+        torch.save(state, part)
+        part.replace(file)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
     (path.parent / "metrics.jsonl").write_text(lines)
 
 

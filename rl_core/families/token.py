@@ -6,7 +6,7 @@ denominators add over micro-batches and machines before they are divided. Method
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -178,12 +178,6 @@ def total(found: Loss, dens: Sequence[Array] | None = None) -> Array:
         weight * divide(Terms(term.num, den)) for term, weight, den in zip(found.terms, found.weights, whole, strict=True)
     )
     return sum(others, first)
-
-
-def micro_batches(batch: TokenBatch, size: int) -> Iterator[TokenBatch]:
-    """A credited batch in parts of at most `size` responses."""
-    for start in range(0, batch.mask.shape[0], size):
-        yield batch.rows(slice(start, start + size))
 
 
 def loss_and_gradient(method: TokenMethod, batch: TokenBatch, logp: NDArray[Any]) -> tuple[float, NDArray[np.float64]]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import polars as pl
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -15,7 +18,8 @@ from rl_core.methods.asymre import AsymRE
 from rl_core.methods.grpo import GRPO
 from rl_core.models.lm import LM
 from rl_core.registry import METHODS, named
-from rl_core.train import Schedule
+from rl_core.tasks.addition import Fillers
+from rl_core.train import Schedule, imitate
 from rl_core.verify.arms import Arm, Arms, code_of, start_path
 from rl_core.verify.experiments import EXPERIMENTS, at_least, at_most
 
@@ -85,6 +89,66 @@ def test_a_file_of_settings_is_the_method(tmp_path: Path) -> None:
     settings.write_text("[method]\ngait = 1\n")
     result = RUNNER.invoke(app, words)
     assert (result.exit_code, "REC: found gait; expected some of gate" in result.stderr.replace("\n", " ")) == (2, True)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rollouts of the first policy of a short run from a model that answers now and then, with what each kept one says of them."""
+    torch.set_num_threads(1)
+    made = tmp_path_factory.mktemp("run")
+    start, _ = imitate(Fillers(), steps=150, batch=64, learning_rate=3e-3)
+    torch.save(start.state_dict(), start_path("fillers", made))
+    (made / "settings.toml").write_text("[schedule]\nlearning_rate = 1e-4\neval_every = 2\neval_prompts = 8\n")
+    words = ["rl", "train", "grpo", "--out", str(made), "--task", "fillers", "--steps", "4", "--settings"]
+    assert RUNNER.invoke(app, [*words, str(made / "settings.toml")]).exit_code == 0
+    written = ["rl", "rollouts", str(made), "--to", str(made / "log.parquet"), "--task", "fillers", "--prompts", "300", "--json"]
+    told = json.loads(RUNNER.invoke(app, written).stdout)
+    assert told == {"log": str(made / "log.parquet"), "rows": 2400, "by": "step_0", "policies": ["step_0", "step_2", "step_4"]}
+    assert "expected the name of a new file" in RUNNER.invoke(app, written).stderr.replace("\n", " ")
+    return made / "log.parquet"
+
+
+def test_checkpoints_are_valued_from_the_rollouts_of_another(log: Path) -> None:
+    frame = pl.read_parquet(log)
+    words = ["ope", "--log", str(log), "--policy", "step_0,step_4", "--estimators", "wis,PDIS", "--json"]
+    records = json.loads(RUNNER.invoke(app, words).stdout)
+    assert [(one["policy"], one["estimator"]) for one in records] == [
+        (policy, name) for policy in ("step_0", "step_4") for name in ("WIS", "PDIS")
+    ]
+    for one in records[:2]:  # of the policy that sampled: the mean reward, but for float32
+        assert one["value"] == pytest.approx(frame["reward"].mean(), abs=1e-5)
+        assert any("300 clusters" in note for note in one["notes"])
+    weight = np.exp([sum(new) - sum(old) for new, old in zip(frame["step_4"], frame["logp_behavior"], strict=True)])
+    assert records[2]["value"] == pytest.approx(np.average(frame["reward"], weights=weight), abs=1e-5)
+
+
+def test_a_shortlist_of_checkpoints_is_described(log: Path) -> None:
+    result = RUNNER.invoke(app, ["ope", "--log", str(log), "--policy", "step_0,step_2,step_4"])
+    assert result.exit_code == 0, result.stderr
+    for words in ("2,400 rollouts", "step_2", "PDIS", "valued on the other, by WIS", "k = 2: gain"):
+        assert words in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "said"),
+    [
+        ({}, ["--policy", "step_9"], "step_9"),
+        ({}, ["--policy", "step_0", "--context", "x"], "found --context and a log of rollouts"),
+        ({}, ["--policy", "step_0", "--estimators", "SNIPS"], "unknown estimator 'SNIPS' of trajectories"),
+        ({}, ["--policy", "reward"], "column 'reward': found dtype Float64; expected lists of numbers"),
+        ({"step_0": pl.col("step_0").list.head(2)}, ["--policy", "step_0"], "column 'step_0', row 0 (counted from 0): found 2"),
+        ({"logp_behavior": pl.lit(None, pl.List(pl.Float64))}, ["--policy", "step_0"], "column 'logp_behavior', row 0"),
+        ({"reward": pl.lit(None, pl.Float64)}, ["--policy", "step_0"], "column 'reward', row 0 (counted from 0): found nan"),
+    ],
+)
+def test_a_log_of_rollouts_that_cannot_be_is_refused(
+    log: Path, tmp_path: Path, changes: Any, options: list[str], said: str
+) -> None:
+    spoiled = tmp_path / "spoiled.parquet"
+    pl.read_parquet(log).with_columns(**changes).write_parquet(spoiled)
+    result = RUNNER.invoke(app, ["ope", "--log", str(spoiled), *options])
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())
 
 
 def test_finished_arms_are_read_and_not_run_again(folder: Path) -> None:

@@ -106,7 +106,7 @@ def random_log(seed: int, n: int = 30, steps: int = 5, clusters: int | None = No
 
 def values(data: Trajectories, logp: np.ndarray, estimators=STEPWISE, **models: np.ndarray) -> np.ndarray:
     """(value, stderr) of each estimator."""
-    return np.array([(one.value, one.stderr) for one in evaluate_trajectories(data, logp, estimators, **models)])
+    return np.array([(one.value, one.stderr) for one in evaluate_trajectories(data, logp, estimators, **models).estimates])
 
 
 # by hand: ratios (2, 1/2) and (1/2), rewards (1, 4) and (2), discount 1/2; returns 3 and 2, last weights 1 and 1/2
@@ -161,7 +161,7 @@ def test_one_step_is_the_bandit():
     expected = np.array([ips, ips, snips, snips, dr])
     assert values(data, logp, **stepwise) == pytest.approx(expected, rel=1e-10), "TrajectoryIS, PDIS, WIS, PDWIS, SequentialDR"
     assert values(data, logp, [TrajectoryDR()], **whole) == pytest.approx(np.array([dr]), rel=1e-10)
-    assert evaluate_trajectories(data, logp)[0].ess == pytest.approx(bandit.weights.ess, rel=1e-10)
+    assert evaluate_trajectories(data, logp).estimates[0].ess == pytest.approx(bandit.weights.ess, rel=1e-10)
 
 
 @given(seed=seeds)
@@ -239,14 +239,14 @@ def test_a_step_the_target_never_takes_ends_all_weight_however_likely_the_rest()
 
 def test_no_overlap_is_refused_and_a_bound_is_noted():
     log = random_log(1)
-    none = evaluate_trajectories(log.data, np.where(log.data.mask, -np.inf, 0.0), MODEL_FREE)
+    none = evaluate_trajectories(log.data, np.where(log.data.mask, -np.inf, 0.0), MODEL_FREE).estimates
     assert {estimate.verdict for estimate in none} == {"refused"}
     assert "No overlap: the target never takes an action that was logged." in none[0].reasons
     assert "too few trajectories overlap" in none[2].reasons[-1]
     far = log.logp.copy()
     far[:3] += 30.0
     assert "3 trajectories reach the bound exp(20) on weights: what lies beyond it is lost." in (
-        evaluate_trajectories(log.data, far)[0].notes
+        evaluate_trajectories(log.data, far).estimates[0].notes
     )
 
 
@@ -271,8 +271,8 @@ def every_run() -> np.ndarray:
         models = Chain.at(log, Chain.target)
         whole = {"q": 0.5 + 0.8 * log.token[:, 0], "v": np.full(N, 0.5 + 0.8 * Chain.target[0] @ np.arange(3))}
         estimates = [
-            *evaluate_trajectories(log.data, log.logp, STEPWISE, **models),
-            *evaluate_trajectories(log.data, log.logp, [TrajectoryDR()], **whole),
+            *evaluate_trajectories(log.data, log.logp, STEPWISE, **models).estimates,
+            *evaluate_trajectories(log.data, log.logp, [TrajectoryDR()], **whole).estimates,
         ]
         run[:] = [(one.value, one.low, one.high) for one in estimates]
     return found
@@ -305,8 +305,8 @@ def test_clustered_intervals_cover_where_responses_of_a_prompt_share_luck():
     for run in found:
         log = Chain.sample(prompts * size, rng, luck=np.repeat(rng.normal(size=prompts), size), cluster=cluster)
         models = Chain.at(log, Chain.target)
-        clustered = evaluate_trajectories(log.data, log.logp, [PDIS(), SequentialDR()], **models)
-        alone = evaluate_trajectories(replace(log.data, cluster=None), log.logp, [PDIS()])
+        clustered = evaluate_trajectories(log.data, log.logp, [PDIS(), SequentialDR()], **models).estimates
+        alone = evaluate_trajectories(replace(log.data, cluster=None), log.logp, [PDIS()]).estimates
         run[:] = [(one.value, one.low, one.high) for one in (*clustered, *alone)]
     assert clustered[0].n == 480
     assert clustered[0].notes[-1] == "60 clusters."
@@ -430,7 +430,7 @@ def test_a_comparison_needs_candidates_and_a_model_for_each():
 
 def test_defaults_follow_from_the_models_given():
     def names(**models):
-        return [one.estimator for one in evaluate_trajectories(two(), TWO_TARGET, **models)]
+        return [one.estimator for one in evaluate_trajectories(two(), TWO_TARGET, **models).estimates]
 
     assert names() == ["TrajectoryIS", "PDIS", "WIS"]
     assert names(**STEP_MODEL) == ["TrajectoryIS", "PDIS", "WIS", "SequentialDR"]

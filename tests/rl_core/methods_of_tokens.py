@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -56,3 +56,9 @@ def batch(seed: int = 0, prompts: int = 4, responses: int = 4, tokens: int = 6) 
         value=rng.normal(0, 0.3, behavior.shape),
     )
     return made, logp
+
+
+def micro_batches(batch: TokenBatch, size: int) -> Iterator[TokenBatch]:
+    """A credited batch in parts of at most `size` responses."""
+    for start in range(0, batch.mask.shape[0], size):
+        yield batch.rows(slice(start, start + size))

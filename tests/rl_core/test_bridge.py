@@ -49,13 +49,14 @@ def test_responses_are_trajectories_of_their_prompts(run: tuple[Rollouts, dict[s
 def test_checkpoints_are_worth_what_their_own_rollouts_earn(run: tuple[Rollouts, dict[str, LM], dict[str, float]]) -> None:
     rollouts, models, true = run
     found = value_checkpoints(models, rollouts, [TrajectoryIS(), PDIS(), WIS()])
-    own = found["step 0"]
+    own = found["step 0"].estimates
     assert own[2].value == pytest.approx(float(rollouts.reward.mean()), abs=1e-4)  # it sampled them: weights are one, in float32
-    for name, estimates in found.items():
-        for one in estimates:
+    for name, report in found.items():
+        for one in report.estimates:
             error = (one.stderr**2 + true[name] * (1 - true[name]) / 400) ** 0.5  # the truth is of 400 prompts, too
             assert abs(one.value - true[name]) < 4 * error, (name, one)
-    assert [one[2].ess for one in found.values()] == sorted((one[2].ess for one in found.values()), reverse=True)
+    sizes = [report["WIS"].ess for report in found.values()]
+    assert sizes == sorted(sizes, reverse=True)
 
 
 def test_a_shortlist_of_checkpoints_is_found_on_one_half_and_valued_on_the_other(
@@ -65,5 +66,5 @@ def test_a_shortlist_of_checkpoints_is_found_on_one_half_and_valued_on_the_other
     chosen = select_checkpoints(models, rollouts)
     assert set(chosen.ranking) <= set(models)
     assert chosen.estimator == "WIS"
-    with pytest.raises(InputError, match="found rollouts of 3 prompts; expected at least 4"):
-        select_checkpoints(models, rollouts.rows(slice(0, 24)))
+    with pytest.raises(InputError, match="found 1 clusters; expected at least 2"):
+        select_checkpoints(models, rollouts.rows(slice(0, 8)))

@@ -17,7 +17,6 @@ from rl_core.families.token import (
     credited,
     denominators,
     loss_and_gradient,
-    micro_batches,
     objective,
     statistics,
 )
@@ -30,7 +29,7 @@ from rl_core.methods.rec import REC, VARIANTS
 from rl_core.methods.reinforce import REINFORCE
 from rl_core.penalties import K3
 from rl_core.registry import METHODS, find
-from tests.rl_core.methods_of_tokens import EVERY, batch, by_order
+from tests.rl_core.methods_of_tokens import EVERY, batch, by_order, micro_batches
 
 EACH = pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)
 

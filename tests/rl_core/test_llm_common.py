@@ -22,7 +22,6 @@ from rl_core.families.token import (
     credited,
     denominators,
     loss_and_gradient,
-    micro_batches,
     objective,
     statistics,
 )
@@ -34,6 +33,7 @@ from rl_core.methods.ppo import PPO
 from rl_core.methods.rec import REC, VARIANTS, Drop
 from rl_core.methods.reinforce import REINFORCE
 from rl_core.penalties import K2, K3, CorrectedK3, StraightThroughK3
+from tests.rl_core.methods_of_tokens import micro_batches
 
 Floats = NDArray[np.float64]
 FREE = 1e9  # a bound that no ratio meets

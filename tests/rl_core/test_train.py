@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Generator
 
 from ope.data import InputError
+from rl_core.diagnostics import reward_range
 from rl_core.families.token import TokenMethod
 from rl_core.methods.bapo import RECOMMENDED
 from rl_core.methods.grpo import GRPO
@@ -19,9 +21,10 @@ from rl_core.methods.ppo import PPO
 from rl_core.methods.reinforce import REINFORCE
 from rl_core.models.lm import LM, Critic
 from rl_core.penalties import K2
+from rl_core.rewards import overlong_penalty
 from rl_core.rollout import CachedSampler, Replay, token_logps
 from rl_core.tasks.addition import END, FILLER, PAD, Addition, Fillers
-from rl_core.train import Schedule, Trainer, evaluate, imitate, run
+from rl_core.train import Schedule, Trainer, evaluate, imitate, kept, run
 
 SHORT = Schedule(steps=4, prompts=6, responses=4, sync_interval=2, eval_every=2, eval_prompts=16)
 
@@ -96,14 +99,16 @@ def gradients(method: TokenMethod, start: LM, schedule: Schedule) -> list[torch.
     return [weight.grad for weight in trainer.policy.parameters() if weight.grad is not None]
 
 
-@pytest.mark.parametrize("schedule", [SHORT, replace(SHORT, replay_share=0.5), replace(SHORT, updates=2, proximal=True)])
+@pytest.mark.parametrize(
+    "schedule", [SHORT, replace(SHORT, replay_share=0.5), replace(SHORT, updates=2, proximal=True), replace(SHORT, redraws=2)]
+)
 def test_a_run_is_the_same_again(schedule: Schedule, start: LM) -> None:
     assert trained(GRPO(), start, schedule)[1] == trained(GRPO(), start, schedule)[1]
 
 
 @pytest.mark.parametrize("method", [GRPO(kl=K2(0.1)), PPO()], ids=["GRPO with a reference", "PPO"])
 def test_a_run_that_was_stopped_goes_on_to_the_bit(method: TokenMethod, start: LM, tmp_path: Path) -> None:
-    schedule = replace(SHORT, replay_share=0.5)
+    schedule = replace(SHORT, replay_share=0.5, sync_offset=2)
     whole, rows = trained(method, start, schedule)
     run(Trainer(method, Fillers(), replace(schedule, steps=2), start), tmp_path)
     trainer = Trainer(method, Fillers(), schedule, LM())  # all that it needs is in the folder
@@ -112,6 +117,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(method: TokenMethod, start: L
     for one, other in zip(whole.policy.parameters(), trainer.policy.parameters(), strict=True):
         assert torch.equal(one, other)
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == found
+    assert list(kept(tmp_path)) == [0, 2, 4]
+    last = torch.load(kept(tmp_path)[4], weights_only=True)
+    assert all(torch.equal(last[name], value) for name, value in whole.policy.state_dict().items())
 
 
 def test_rows_say_who_sampled_them_and_how_long_ago(start: LM) -> None:
@@ -120,6 +128,45 @@ def test_rows_say_who_sampled_them_and_how_long_ago(start: LM) -> None:
     assert [row["ess"] == 1 for row in rows[1:]] == [True, False, True, False]
     assert all(abs(row["mean_weight"] - 1) < 0.3 for row in rows[1:])
     assert rows[0]["pass_at_1"] == evaluate(start, Fillers(), 16)
+
+
+def test_training_lags_behind_what_was_sampled_ahead(start: LM) -> None:
+    _, rows = trained(REINFORCE(), start, replace(SHORT, sync_interval=1, sync_offset=2))
+    assert [row["staleness"] for row in rows[1:]] == [0, 1, 2, 2]  # three batches of the start, then one of every step
+    trainer = Trainer(REINFORCE(), Fillers(), replace(SHORT, sync_offset=2), start)
+    trainer.advance()
+    groups = torch.cat([one.group for one in (*trainer.ahead, trainer.collect())])
+    assert len(groups.unique()) == 3 * SHORT.prompts
+
+
+def test_prompts_that_teach_nothing_are_drawn_again(start: LM) -> None:
+    trainer = Trainer(GRPO(), Fillers(), replace(SHORT, prompts=12, redraws=50), start)
+    found = trainer.collect()
+    spread, place = reward_range(found.reward, found.group)
+    assert len(spread) == 12
+    assert (spread > 0).all()
+    assert torch.bincount(place).tolist() == [4] * 12
+    assert trainer.rollouts > 48  # what was thrown away was sampled, too
+    flat, _ = reward_range(*(getattr(Trainer(GRPO(), Fillers(), replace(SHORT, prompts=12), start).collect(), name)
+                             for name in ("reward", "group")))  # fmt: skip
+    assert (flat == 0).any()
+
+
+def test_length_costs_near_the_longest() -> None:
+    lengths = torch.tensor([0.0, 12.0, 13.0, 14.0, 16.0, 20.0])
+    assert overlong_penalty(lengths, 16, 4).tolist() == [0, 0, -0.25, -0.5, -1, -1]
+    length = np.array([16384.0, 16385.0, 20480.0])  # the paper's own: 20,480 tokens, a margin of 4,096
+    np.testing.assert_allclose(overlong_penalty(length, 20480, 4096), [0, -1 / 4096, -1], rtol=1e-12)
+    for margin in (0, 17):
+        with pytest.raises(ValueError, match=f"found {margin}; expected 1 to 16 tokens"):
+            overlong_penalty(lengths, 16, margin)
+
+
+def test_shaped_rewards_are_those_of_the_task_and_of_length(start: LM) -> None:
+    plain, shaped = (Trainer(GRPO(), Fillers(), replace(SHORT, overlong_margin=margin), start).collect() for margin in (None, 8))
+    assert torch.equal(plain.tokens, shaped.tokens)
+    torch.testing.assert_close(shaped.reward - plain.reward, overlong_penalty(plain.mask.sum(dim=1), 16, 8))
+    assert (shaped.reward < plain.reward).any()
 
 
 def test_replay_keeps_prompts_whole_and_forgets_the_oldest(start: LM) -> None:
@@ -167,7 +214,10 @@ def test_a_critic_has_a_value_for_every_token() -> None:
     assert Critic()(torch.zeros(2, 5, dtype=torch.int64)).shape == (2, 5)
 
 
-@pytest.mark.parametrize(("field", "value"), [("steps", 0), ("responses", 0), ("replay_share", 1.0), ("eval_prompts", -1)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("steps", 0), ("responses", 0), ("replay_share", 1.0), ("eval_prompts", -1), ("sync_offset", -1), ("redraws", -1)],
+)
 def test_a_schedule_that_cannot_be_is_refused(field: str, value: Any) -> None:
     with pytest.raises(InputError, match=field):
         Schedule(**{field: value})
