@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 LIBGOMP := sh -c 'test "$$(id -u)" = 0 && { apt-get install -y libgomp1 || { apt-get update && apt-get install -y libgomp1; }; }'
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test static tests faults verify bench-ope bench-bandits bench-logs bench-nightly bench-serve bench-loop clean
+.PHONY: demo test static tests faults verify bench-ope bench-bandits bench-logs bench-nightly bench-serve bench-loop bench-rl clean
 
 demo: .venv/.demo
 	$(BIN)/propel demo
@@ -25,10 +25,12 @@ tests: .venv/.dev
 faults: .venv/.dev
 	PROPEL_KILLS=60 $(BIN)/python -m pytest tests/faults tests/nightly/test_ingest.py tests/bandits/test_sampling.py
 
-# what only many runs can show: half an hour. Runs that are done are kept in .verify, and not made again
+# what only many runs can show: an hour. Runs that are done are kept in .verify, and not made again
+VERIFIED = reinforce grpo rec opmd asymre bapo
 verify: .venv/.dev
 	$(BIN)/python -m tests.verify.closed_loop --runs 200
 	$(BIN)/python -m benchmarks.loop --decisions 1000000 --folder .verify/loop
+	for method in $(VERIFIED); do $(BIN)/propel rl verify $$method || exit 1; done
 
 bench-ope: .venv/.demo
 	$(BIN)/python -m benchmarks.ope --rounds 1000000 --actions 10
@@ -49,6 +51,9 @@ bench-serve: .venv/.dev
 bench-loop: .venv/.dev
 	$(BIN)/python -m benchmarks.loop
 	$(BIN)/python -m benchmarks.reload
+
+bench-rl: .venv/.dev
+	$(BIN)/python -m benchmarks.rl_token
 
 clean:
 	rm -rf .venv propel-demo .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -87,8 +87,10 @@ def device_of(model: CausalModel | nn.Module) -> torch.device:
 class Sampler(Protocol):
     """Writes responses."""
 
-    def sample(self, prompts: Tensor, max_tokens: int, temperature: float, rng: Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Responses (B, T), their log-probabilities (B, T) and mask (B, T), T = max_tokens, to prompts (B, P)."""
+    def sample(
+        self, prompts: Tensor, max_tokens: int, temperature: float, rng: Generator, responses: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Responses (B, T), their log-probabilities and mask, (B, T), T = max_tokens; so many after one another to each prompt."""
         ...
 
 
@@ -101,11 +103,14 @@ class CachedSampler:
     pad: int
 
     @torch.no_grad()
-    def sample(self, prompts: Tensor, max_tokens: int, temperature: float, rng: Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """A row that ended is padded, and not counted."""
-        (rows, length), device = prompts.shape, device_of(self.model)
-        cache = self.model.cache(rows, length + max_tokens)
-        logits = self.model(prompts.to(device), cache)[:, -1].cpu()
+    def sample(
+        self, prompts: Tensor, max_tokens: int, temperature: float, rng: Generator, responses: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A row that ended is padded, and not counted. A prompt is read once, whatever the number of its responses."""
+        length, device, rows = prompts.shape[1], device_of(self.model), len(prompts) * responses
+        cache = self.model.cache(len(prompts), length + max_tokens)
+        logits = self._following(prompts.to(device), cache).repeat_interleave(responses, dim=0)
+        cache.repeat(responses)
         tokens = torch.full((rows, max_tokens), self.pad)
         logp, mask = torch.zeros(rows, max_tokens), torch.zeros(rows, max_tokens, dtype=torch.bool)
         going = torch.ones(rows, dtype=torch.bool)
@@ -118,8 +123,13 @@ class CachedSampler:
             going = going & (drawn != self.end)
             if place + 1 == max_tokens or not going.any():
                 break
-            logits = self.model(tokens[:, place : place + 1].to(device), cache)[:, -1].cpu()
+            logits = self._following(tokens[:, place : place + 1].to(device), cache)
         return tokens, logp, mask
+
+    def _following(self, tokens: Tensor, cache: Any) -> Tensor:
+        """Logits (B, vocabulary) of what follows the last token."""
+        with torch.inference_mode():
+            return self.model(tokens, cache)[:, -1].cpu()
 
 
 def token_logps(model: CausalModel, rollouts: Rollouts, temperature: float) -> tuple[Tensor, Tensor]:

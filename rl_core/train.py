@@ -348,8 +348,9 @@ def roll_out(
     pad: int = PAD,
 ) -> Rollouts:
     """Responses of a policy to fresh prompts, so many to each, with their rewards. Prompts are numbered from 0; the policy is 0."""
-    asked = task.prompts(prompts, rng).repeat_interleave(responses, dim=0)
-    written, logp, mask = CachedSampler(policy, end, pad).sample(asked, task.max_tokens, temperature, rng)
+    asked = task.prompts(prompts, rng)
+    written, logp, mask = CachedSampler(policy, end, pad).sample(asked, task.max_tokens, temperature, rng, responses)
+    asked = asked.repeat_interleave(responses, dim=0)
     group = torch.arange(prompts).repeat_interleave(responses)
     reward = task.reward(asked, written, mask)
     return Rollouts(torch.cat((asked, written), dim=1), mask, logp, reward, group, torch.zeros_like(group))

@@ -25,6 +25,11 @@ class HFCache:
     def __init__(self, held: Any, seen: Tensor) -> None:
         self.held, self.seen = held, seen
 
+    def repeat(self, count: int) -> None:
+        """Every row so many times, one after the other: several responses go on from one prompt."""
+        self.held.batch_repeat_interleave(count)
+        self.seen = self.seen.repeat_interleave(count, dim=0)
+
 
 class HFModel(nn.Module):
     """A model of `transformers`, without dropout: a propensity is of one policy. `end` and `pad` are what a trainer asks for.

@@ -32,6 +32,10 @@ class Cache:
         self.keys, self.values = like.new_empty(size), like.new_empty(size)
         self.length = 0
 
+    def repeat(self, count: int) -> None:
+        """Every row so many times, one after the other: several responses go on from one prompt."""
+        self.keys, self.values = (held.repeat_interleave(count, dim=1) for held in (self.keys, self.values))
+
 
 class Block(nn.Module):
     """Attention and a GELU layer, each after a normalisation and around a shortcut."""
