@@ -100,9 +100,12 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(start.state_dict(), start_path("fillers", made))
     (made / "settings.toml").write_text("[schedule]\nlearning_rate = 1e-4\neval_every = 2\neval_prompts = 8\n")
     words = ["rl", "train", "grpo", "--out", str(made), "--task", "fillers", "--steps", "4", "--settings"]
-    assert RUNNER.invoke(app, [*words, str(made / "settings.toml")]).exit_code == 0
+    trained = RUNNER.invoke(app, [*words, str(made / "settings.toml")])
+    assert trained.exit_code == 0, (trained.stderr, trained.exception)
     written = ["rl", "rollouts", str(made), "--to", str(made / "log.parquet"), "--task", "fillers", "--prompts", "300", "--json"]
-    told = json.loads(RUNNER.invoke(app, written).stdout)
+    logged = RUNNER.invoke(app, written)
+    assert logged.exit_code == 0, (logged.stderr, logged.exception)
+    told = json.loads(logged.stdout)
     assert told == {"log": str(made / "log.parquet"), "rows": 2400, "by": "step_0", "policies": ["step_0", "step_2", "step_4"]}
     assert "expected the name of a new file" in RUNNER.invoke(app, written).stderr.replace("\n", " ")
     return made / "log.parquet"
