@@ -30,7 +30,7 @@ from transformers.trainer_callback import PrinterCallback
 from rl_core.methods.grpo import GRPO
 from rl_core.models.hf import HFModel
 from rl_core.models.lm import LM, Shape
-from rl_core.train import Schedule, Trainer
+from rl_core.trainers.token import Schedule, Trainer
 
 PROMPTS, RESPONSES, PROMPT_TOKENS, TOKENS = 4, 8, 8, 32
 WARM = 5

@@ -48,7 +48,7 @@ def compare(
         from ope.data import InputError
         from pipelines.charts import drawn, learning
         from rl_core.registry import named
-        from rl_core.train import Schedule
+        from rl_core.trainers.token import Schedule
         from rl_core.verify.arms import TASKS, Arm, Arms
 
         names = list(dict.fromkeys(split(methods, keep_parentheses=True) or []))
@@ -96,7 +96,7 @@ def rollouts(
         from pipelines.rollouts import BEHAVIOR, write_rollouts
         from rl_core.bridge import target_logps
         from rl_core.models.lm import LM
-        from rl_core.train import kept, roll_out
+        from rl_core.trainers.token import kept, roll_out
         from rl_core.verify.arms import TASKS
 
         policies = dict[int, LM]()

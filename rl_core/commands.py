@@ -88,7 +88,7 @@ def train(
 
     with bad_input("rl"):
         from ope.data import InputError
-        from rl_core.train import Trainer, run
+        from rl_core.trainers.token import Trainer, run
         from rl_core.verify.arms import TASKS, start
 
         if task not in TASKS:
@@ -126,7 +126,7 @@ def evaluate_checkpoint(
 
         from ope.data import InputError
         from rl_core.models.lm import LM
-        from rl_core.train import evaluate
+        from rl_core.trainers.token import evaluate
         from rl_core.verify.arms import TASKS
 
         path = folder / "checkpoint.pt"
@@ -193,7 +193,7 @@ def _asked(name: str, settings: Path | None, changes: Mapping[str, Any]) -> tupl
     from ope.data import InputError
     from rl_core.config import from_table
     from rl_core.registry import find
-    from rl_core.train import Schedule
+    from rl_core.trainers.token import Schedule
 
     tables: dict[str, Any] = {}
     if settings is not None:

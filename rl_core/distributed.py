@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from bandits.terminal import bad_input
 from ope.data import InputError
 from rl_core.registry import find
-from rl_core.train import Ranks, Schedule, Trainer, imitate, run
+from rl_core.trainers.token import Ranks, Schedule, Trainer, imitate, run
 from rl_core.verify.arms import TASKS
 
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ope.primitives._xp import Array, namespace
-from ope.primitives.reduce import divide
-from ope.primitives.terms import Terms
+from rl_core.loss import Loss, total
 from rl_core.paper import Paper
 
 
@@ -67,15 +66,6 @@ class TokenBatch:
         if self.logp_ref is None:
             raise ValueError("found no logp_ref; expected the reference's log-probabilities, which a KL penalty needs")
         return self.logp_ref
-
-
-class Loss(NamedTuple):
-    """Σ_j weight_j · num_j / den_j to be maximised, before anything is divided. Denominators do not depend on the policy."""
-
-    terms: tuple[Terms, ...]
-    weights: tuple[float, ...]
-    metrics: Mapping[str, Terms]
-    """Ratios to look at, of the same kind."""
 
 
 Statistics = Mapping[str, Array]
@@ -169,15 +159,6 @@ def denominators(method: TokenMethod, batch: TokenBatch, stats: Statistics) -> t
 def objective(method: TokenMethod, batch: TokenBatch, logp: Array, stats: Statistics, dens: Sequence[Array] | None = None) -> Array:
     """What some responses add to the value that the whole step maximises. `dens`: of the whole step, where this is a part of it."""
     return total(method.loss(batch, counted(logp, batch.mask), stats), dens)
-
-
-def total(found: Loss, dens: Sequence[Array] | None = None) -> Array:
-    """The weighted sum of a loss's ratios, over denominators of a whole of which it is a part where they are given."""
-    whole = [term.den for term in found.terms] if dens is None else dens
-    first, *others = (
-        weight * divide(Terms(term.num, den)) for term, weight, den in zip(found.terms, found.weights, whole, strict=True)
-    )
-    return sum(others, first)
 
 
 def loss_and_gradient(method: TokenMethod, batch: TokenBatch, logp: NDArray[Any]) -> tuple[float, NDArray[np.float64]]:

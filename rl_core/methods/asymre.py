@@ -11,7 +11,8 @@ from typing import ClassVar
 from ope.primitives._xp import Array, namespace
 from ope.primitives.baselines import group_center
 from rl_core.aggregation import Aggregation, TokenMean
-from rl_core.families.token import Loss, Statistics, TokenBatch
+from rl_core.families.token import Statistics, TokenBatch
+from rl_core.loss import Loss
 from rl_core.paper import Paper
 
 

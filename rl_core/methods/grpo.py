@@ -16,7 +16,8 @@ from ope.primitives.surrogates import clipped, dual_clipped
 from ope.primitives.terms import Terms
 from ope.primitives.weights import clip, log_ratio, mask_outside, ratio, sequence_ratio
 from rl_core.aggregation import Aggregation, SequenceMean, SequenceSum, SequenceSumNorm, TokenMean
-from rl_core.families.token import Loss, Statistics, TokenBatch
+from rl_core.families.token import Statistics, TokenBatch
+from rl_core.loss import Loss
 from rl_core.paper import Paper
 from rl_core.penalties import Penalty
 

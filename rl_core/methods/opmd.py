@@ -15,7 +15,8 @@ from ope.primitives.divergences import k2
 from ope.primitives.reduce import masked_sum
 from ope.primitives.terms import Terms
 from rl_core.aggregation import Aggregation, TokenMean
-from rl_core.families.token import Loss, Statistics, TokenBatch
+from rl_core.families.token import Statistics, TokenBatch
+from rl_core.loss import Loss
 from rl_core.paper import Paper
 
 _ARXIV, _TITLE = "2509.24203", "Group-Relative REINFORCE Is Secretly an Off-Policy Algorithm"

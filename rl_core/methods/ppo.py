@@ -15,7 +15,8 @@ from ope.primitives.returns import gae
 from ope.primitives.surrogates import clipped, dual_clipped
 from ope.primitives.weights import ratio
 from rl_core.aggregation import Aggregation, TokenMean
-from rl_core.families.token import Loss, Statistics, TokenBatch
+from rl_core.families.token import Statistics, TokenBatch
+from rl_core.loss import Loss
 from rl_core.methods.grpo import clip_shares
 from rl_core.paper import Paper
 

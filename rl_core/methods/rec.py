@@ -17,7 +17,8 @@ from ope.primitives.baselines import group_center, group_std
 from ope.primitives.surrogates import Gate, OneSided, Ring, TwoSided
 from ope.primitives.weights import exp_advantage, log_ratio, ratio, sequence_ratio
 from rl_core.aggregation import Aggregation, SequenceMean, TokenMean
-from rl_core.families.token import Loss, Statistics, TokenBatch
+from rl_core.families.token import Statistics, TokenBatch
+from rl_core.loss import Loss
 from rl_core.paper import Paper
 from rl_core.penalties import K2, ForwardKL
 

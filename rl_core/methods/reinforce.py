@@ -13,7 +13,8 @@ from ope.primitives._xp import Array, namespace, stop_gradient
 from ope.primitives.baselines import group_center
 from ope.primitives.weights import clip, ratio
 from rl_core.aggregation import Aggregation, TokenMean
-from rl_core.families.token import Loss, Statistics, TokenBatch
+from rl_core.families.token import Statistics, TokenBatch
+from rl_core.loss import Loss
 from rl_core.paper import Paper
 
 

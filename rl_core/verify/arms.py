@@ -24,7 +24,7 @@ from rl_core.config import method_from, to_table
 from rl_core.families.token import TokenMethod
 from rl_core.models.lm import LM
 from rl_core.tasks.addition import Addition, Fillers
-from rl_core.train import Schedule, Task, Trainer, imitate, run
+from rl_core.trainers.token import Schedule, Task, Trainer, imitate, run
 
 TASKS: Mapping[str, Task] = {"addition": Addition(), "fillers": Fillers()}
 

@@ -15,7 +15,7 @@ from rl_core.methods.bapo import BAPO, Bounds
 from rl_core.methods.grpo import GRPO
 from rl_core.methods.rec import REC, VARIANTS
 from rl_core.methods.reinforce import REINFORCE
-from rl_core.train import Schedule
+from rl_core.trainers.token import Schedule
 from rl_core.verify.arms import Arm, Arms, Margin, Rows, mean, passed_at
 
 SEEDS = 3

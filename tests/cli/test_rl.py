@@ -19,7 +19,7 @@ from rl_core.methods.grpo import GRPO
 from rl_core.models.lm import LM
 from rl_core.registry import METHODS, named
 from rl_core.tasks.addition import Fillers
-from rl_core.train import Schedule, imitate
+from rl_core.trainers.token import Schedule, imitate
 from rl_core.verify.arms import Arm, Arms, code_of, start_path
 from rl_core.verify.experiments import EXPERIMENTS, at_least, at_most
 

@@ -15,7 +15,7 @@ from rl_core.methods.grpo import GRPO
 from rl_core.models.lm import LM
 from rl_core.rollout import Rollouts
 from rl_core.tasks.addition import Fillers
-from rl_core.train import Schedule, Trainer, imitate
+from rl_core.trainers.token import Schedule, Trainer, imitate
 
 
 @pytest.fixture(scope="module")

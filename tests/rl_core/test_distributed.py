@@ -25,7 +25,7 @@ from rl_core.methods.ppo import PPO
 from rl_core.models.lm import LM
 from rl_core.rollout import Rollouts
 from rl_core.tasks.addition import Fillers
-from rl_core.train import Ranks, Schedule, Trainer, run
+from rl_core.trainers.token import Ranks, Schedule, Trainer, run
 
 METHODS: Mapping[str, TokenMethod] = {
     "GRPO": GRPO(),

@@ -17,7 +17,7 @@ from rl_core.methods.ppo import PPO
 from rl_core.models.hf import HFModel, load
 from rl_core.penalties import K2
 from rl_core.rollout import CachedSampler, Rollouts, token_logps
-from rl_core.train import Schedule, Trainer, run
+from rl_core.trainers.token import Schedule, Trainer, run
 
 WORDS, END, PAD = 20, 18, 19
 SIZES = {"vocab_size": WORDS, "bos_token_id": None, "eos_token_id": END, "pad_token_id": PAD}

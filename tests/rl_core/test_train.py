@@ -24,7 +24,7 @@ from rl_core.penalties import K2
 from rl_core.rewards import overlong_penalty
 from rl_core.rollout import CachedSampler, Replay, token_logps
 from rl_core.tasks.addition import END, FILLER, PAD, Addition, Fillers
-from rl_core.train import Schedule, Trainer, evaluate, imitate, kept, run
+from rl_core.trainers.token import Schedule, Trainer, evaluate, imitate, kept, run
 
 SHORT = Schedule(steps=4, prompts=6, responses=4, sync_interval=2, eval_every=2, eval_prompts=16)
 

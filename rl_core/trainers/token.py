@@ -22,7 +22,6 @@ from ope.primitives.reduce import divide
 from ope.primitives.terms import Terms
 from rl_core.diagnostics import reward_range, step_metrics
 from rl_core.families.token import (
-    Loss,
     TokenBatch,
     TokenMethod,
     WithCritic,
@@ -32,8 +31,8 @@ from rl_core.families.token import (
     credited,
     denominators,
     statistics,
-    total,
 )
+from rl_core.loss import Loss, total
 from rl_core.models.lm import LM, Critic
 from rl_core.rewards import overlong_penalty
 from rl_core.rollout import CachedSampler, CausalModel, Replay, Rollouts, device_of, joined, token_logps

@@ -1,0 +1,178 @@
+"""The offline family: policies learned from transitions in memory, whoever collected them, with critics and lagged copies of them.
+
+A method says which networks it has, and in which stages a step goes: what a stage learns, its loss as ratios of sums, how often it
+comes, and which lagged copies follow it. The trainer owns all state. Losses are maximised, as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Generator, Tensor, nn
+
+from ope.primitives.terms import Terms
+from rl_core.loss import Loss
+from rl_core.models.mlp import Sizes
+from rl_core.paper import Paper
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """n steps of an environment. Actions are in [-1, 1]."""
+
+    obs: Tensor
+    """(n, S)."""
+    action: Tensor
+    """(n, A)."""
+    reward: Tensor
+    """(n,)."""
+    next_obs: Tensor
+    """(n, S) what really followed, also where an episode was cut: never what a reset gave."""
+    terminated: Tensor
+    """(n,) 1.0 where the process ended: nothing is earned afterwards."""
+    truncated: Tensor
+    """(n,) 1.0 where only the recording ended: values go on."""
+    logp_behavior: Tensor | None = None
+    """(n,) log density with which the action was drawn, where it was drawn."""
+    policy: Tensor | None = None
+    """(n,) id of who acted."""
+
+    def __len__(self) -> int:
+        return len(self.obs)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Dimensions of observation and action."""
+        return self.obs.shape[1], self.action.shape[1]
+
+    def rows(self, which: Tensor | slice) -> Transitions:
+        """Some of them."""
+        return replace(self, **{one.name: value[which] for one in fields(self) if (value := getattr(self, one.name)) is not None})
+
+
+def joined(some: Sequence[Transitions]) -> Transitions:
+    """Several after one another; what one of them does not know, none does."""
+    columns = [[getattr(part, one.name) for part in some] for one in fields(Transitions)]
+    return Transitions(*(None if any(part is None for part in column) else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+
+
+class Draw(Protocol):
+    """Where random numbers come from: a generator, or numbers that were drawn before."""
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal."""
+        ...
+
+    def uniform(self, *shape: int) -> Tensor:
+        """In [0, 1)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Numbers of a generator."""
+
+    rng: Generator
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal."""
+        return torch.randn(shape, generator=self.rng, device=self.rng.device)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """In [0, 1)."""
+        return torch.rand(shape, generator=self.rng, device=self.rng.device)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What a loss looks at: networks by name, their lagged copies, and what the method prepared from the whole data."""
+
+    nets: nn.ModuleDict
+    lagged: nn.ModuleDict
+    prepared: Any = None
+
+
+StageLoss = Callable[[Learner, Transitions, Draw], Loss]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a step. Stages follow one another, and each sees what those before it learned."""
+
+    learns: Mapping[str, float]
+    """Networks that take a step on the loss, with their learning rates. No gradient reaches others."""
+    loss: StageLoss
+    every: int = 1
+    """Steps between two of it."""
+    follows: tuple[str, ...] = ()
+    """Networks whose lagged copies move towards them afterwards."""
+    cosine: bool = False
+    """Learning rates fall to 0 by the end of the schedule, as a quarter of a cosine."""
+
+
+class OfflineMethod(Protocol):
+    """A method of the family: a frozen dataclass whose fields are its configuration."""
+
+    paper: ClassVar[Paper]
+
+    @property
+    def tau(self) -> float:
+        """Share of the way that lagged copies move."""
+        ...
+
+    def networks(self, sizes: Sizes) -> Mapping[str, nn.Module]:
+        """Fresh networks; "actor" maps observations (B, S) to actions (B, A)."""
+        ...
+
+    def lagged(self) -> tuple[str, ...]:
+        """Networks that have a lagged copy."""
+        ...
+
+    def stages(self) -> tuple[Stage, ...]:
+        """What a step does, in order."""
+        ...
+
+
+@runtime_checkable
+class WithSelection(Protocol):
+    """A method that learns from a part of the data."""
+
+    def select(self, data: Transitions) -> Tensor:
+        """Numbers of the rows that count."""
+        ...
+
+
+@runtime_checkable
+class WithPreparation(Protocol):
+    """A method that needs something of the whole data before it can learn."""
+
+    def prepare(self, data: Transitions) -> Any:
+        """What losses find in `Learner.prepared`."""
+        ...
+
+
+@runtime_checkable
+class WithExploration(Protocol):
+    """A method that draws actions when it collects data itself."""
+
+    def explore(self, learner: Learner, obs: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Actions (B, A) for observations, and the log densities (B,) with which they were drawn."""
+        ...
+
+
+def mean_of(values: Tensor) -> Terms:
+    """A mean over rows (B,), or the sum over members of their means (E, B)."""
+    return Terms(values.sum(), values.new_tensor(float(values.shape[-1])))
+
+
+def squared_errors(found: Tensor, wanted: Tensor) -> Terms:
+    """-(Q - y)² of every member (E, B), to be maximised: Σ over members of the mean over rows."""
+    return mean_of(-((found - wanted) ** 2))
+
+
+def backup(batch: Transitions, following: Tensor, discount: float) -> Tensor:
+    """r + γ·(1 - terminated)·V(s'): a cut of the recording ends nothing. (B,)."""
+    return batch.reward + discount * (1 - batch.terminated) * following

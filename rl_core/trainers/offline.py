@@ -1,0 +1,261 @@
+"""Training from transitions in memory: a batch, the method's stages, lagged copies; from a log, or from a buffer that grows.
+
+A run can be stopped after any step and gone on with to the bit. Nothing in the loop waits for the device: what a step tells is added up
+there, and read when somebody asks.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Generator, Tensor, nn
+
+from ope.data import InputError
+from rl_core.buffers import Buffer
+from rl_core.families.offline import Draw, Drawn, Learner, OfflineMethod, Stage, Transitions, WithPreparation, WithSelection
+from rl_core.loss import total
+from rl_core.models.mlp import Sizes
+
+STD_FLOOR = 1e-3
+"""Added to the spread of every observation: constant ones are then no division by 0."""
+
+
+@dataclass(frozen=True)
+class OfflineSchedule:
+    """How a run goes, whatever its method. The defaults are those of TD3+BC's paper."""
+
+    steps: int = 1_000_000
+    batch: int = 256
+    width: int = 256
+    layers: int = 2
+    normalize: bool = True
+    """Observations less their mean over the data, over their standard deviation."""
+    reward_scale: float = 1.0
+    eval_every: int = 5000
+    eval_episodes: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "width", "layers", "eval_every", "eval_episodes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: found {getattr(self, name)}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What observations are shifted and divided by: it travels with the policy."""
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, obs: Tensor) -> Scaling:
+        """Of the data."""
+        return cls(obs.mean(dim=0), obs.std(dim=0, correction=0) + STD_FLOOR)
+
+    @classmethod
+    def none(cls, size: int) -> Scaling:
+        """That changes nothing."""
+        return cls(torch.zeros(size), torch.ones(size))
+
+    def apply(self, obs: Tensor) -> Tensor:
+        """(n, S) -> (n, S)."""
+        return (obs - self.mean) / self.std
+
+
+class OfflineTrainer:
+    """A method that learns from transitions, and from those that are added later where `capacity` leaves room.
+
+    Observations are scaled by what the first data say. `draw`: where random numbers come from, else a generator of the schedule's seed.
+    """
+
+    def __init__(
+        self,
+        method: OfflineMethod,
+        data: Transitions,
+        schedule: OfflineSchedule,
+        *,
+        capacity: int | None = None,
+        device: str | torch.device = "cpu",
+        draw: Draw | None = None,
+    ) -> None:
+        self.method, self.schedule, self.device = method, schedule, torch.device(device)
+        if isinstance(method, WithSelection):
+            data = data.rows(method.select(data))
+        self.scaling = Scaling.of(data.obs) if schedule.normalize else Scaling.none(data.obs.shape[1])
+        self.buffer = Buffer(max(len(data), capacity or 0), *data.sizes, self.device)
+        self.add(data)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(schedule.seed)
+            made = method.networks(Sizes(*data.sizes, schedule.width, schedule.layers))
+        self.learner = Learner(
+            nn.ModuleDict(made).to(self.device),
+            nn.ModuleDict({name: copy.deepcopy(made[name]) for name in method.lagged()}).to(self.device).requires_grad_(False),
+            method.prepare(self.buffer.all()) if isinstance(method, WithPreparation) else None,
+        )
+        self.stages = [_Running(stage, self.learner, method.tau) for stage in method.stages()]
+        self.rng = Generator(self.device).manual_seed(schedule.seed + 1)
+        self.draw = Drawn(self.rng) if draw is None else draw
+        self.step, self.cpu_seconds = 0, 0.0
+
+    def add(self, data: Transitions) -> None:
+        """Learn from these, too."""
+        obs, next_obs = self.scaling.apply(data.obs), self.scaling.apply(data.next_obs)
+        self.buffer.add(replace(data, obs=obs, next_obs=next_obs, reward=data.reward * self.schedule.reward_scale))
+
+    def advance(self, steps: int = 1) -> None:
+        """So many steps, each on a batch of its own."""
+        started = time.process_time()
+        for _ in range(steps):
+            self.learn(self.buffer.take(self.buffer.draw(self.schedule.batch, self.rng)))
+        self.cpu_seconds += time.process_time() - started
+
+    def learn(self, batch: Transitions) -> None:
+        """A step on a batch."""
+        self.step += 1
+        for stage in self.stages:
+            if self.step % stage.stage.every == 0:
+                stage.run(self.learner, batch, self.draw, self.step / self.schedule.steps)
+
+    def metrics(self) -> dict[str, float]:
+        """Means since they were last asked for; here alone a step waits for the device."""
+        return {"step": self.step, "cpu_seconds": round(self.cpu_seconds, 3)} | {
+            name: value for stage in self.stages for name, value in stage.read().items()
+        }
+
+    @torch.no_grad()
+    def act(self, obs: NDArray[Any]) -> NDArray[np.float64]:
+        """What the policy takes where nobody explores. (n, S) -> (n, A)."""
+        tensor = torch.as_tensor(obs, dtype=torch.float32)
+        return np.asarray(self.learner.nets["actor"](self.scaling.apply(tensor).to(self.device)).cpu().double().numpy())
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on, but for the data."""
+        return {
+            "nets": self.learner.nets.state_dict(), "lagged": self.learner.lagged.state_dict(), "rng": self.rng.get_state(),
+            "stages": [stage.state() for stage in self.stages], "step": self.step, "cpu_seconds": self.cpu_seconds,
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, with the same data."""
+        self.learner.nets.load_state_dict(state["nets"])
+        self.learner.lagged.load_state_dict(state["lagged"])
+        self.rng.set_state(state["rng"])
+        for stage, kept in zip(self.stages, state["stages"], strict=True):
+            stage.restore(kept)
+        self.step, self.cpu_seconds = state["step"], state["cpu_seconds"]
+
+
+class _Running:
+    """A stage with its optimiser, and what it told since it was last read."""
+
+    def __init__(self, stage: Stage, learner: Learner, tau: float) -> None:
+        self.stage, self.tau = stage, tau
+        groups = [{"params": list(learner.nets[name].parameters()), "lr": rate} for name, rate in stage.learns.items()]
+        self.weights = [weight for group in groups for weight in group["params"]]  # type: ignore[attr-defined]
+        self.optimizer = torch.optim.Adam(groups, fused=True)
+        self.rates = [rate for _, rate in stage.learns.items()]
+        self.leading = [weight for name in stage.follows for weight in learner.nets[name].parameters()]
+        self.lagging = [weight for name in stage.follows for weight in learner.lagged[name].parameters()]
+        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def run(self, learner: Learner, batch: Transitions, draw: Draw, done: float) -> None:
+        """`done`: share of the schedule that this step completes."""
+        loss = self.stage.loss(learner, batch, draw)
+        gradients = torch.autograd.grad(-total(loss), self.weights)
+        for weight, gradient in zip(self.weights, gradients, strict=True):
+            weight.grad = gradient
+        if self.stage.cosine:
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        self.optimizer.step()
+        if self.lagging:
+            torch._foreach_lerp_(self.lagging, self.leading, self.tau)
+        for name, term in loss.metrics.items():
+            num, den = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = num + term.num.detach(), den + term.den.detach()
+
+    def read(self) -> dict[str, float]:
+        """Ratios since the last time."""
+        found = {name: float(num / den) for name, (num, den) in self.sums.items()}
+        self.sums = {}
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """Of the optimiser, and the sums."""
+        return {"optimizer": self.optimizer.state_dict(), "sums": self.sums}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.sums = dict(state["sums"])
+
+
+class Environment(Protocol):
+    """Episodes side by side. Observations (n, S), actions (n, A) in [-1, 1], flags (n,)."""
+
+    @property
+    def obs_size(self) -> int:
+        """S."""
+        ...
+
+    @property
+    def action_size(self) -> int:
+        """A."""
+        ...
+
+    def reset(self, count: int, rng: np.random.Generator) -> NDArray[np.float64]:
+        """So many fresh episodes. Returns observations."""
+        ...
+
+    def restart(self, which: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.float64]:
+        """Fresh episodes where True. Returns the observations of all."""
+        ...
+
+    def step(
+        self, action: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]:
+        """What really follows, rewards, terminated, truncated. Nothing starts anew by itself."""
+        ...
+
+
+Act = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+
+def returns(act: Act, env: Environment, episodes: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Undiscounted returns (episodes,) of episodes side by side."""
+    obs = env.reset(episodes, rng)
+    earned, going = np.zeros(episodes), np.ones(episodes, dtype=np.bool_)
+    while going.any():
+        obs, reward, terminated, truncated = env.step(act(obs))
+        earned += np.where(going, reward, 0.0)
+        going &= ~(terminated | truncated)
+    return earned
+
+
+def recorded(
+    act: Callable[[NDArray[np.float64], np.random.Generator], NDArray[np.float64]],
+    env: Environment,
+    episodes: int,
+    rng: np.random.Generator,
+) -> Transitions:
+    """Transitions of whole episodes, each after the other, in their order."""
+    obs = env.reset(episodes, rng)
+    parts, going = list[tuple[NDArray[Any], ...]](), np.ones(episodes, dtype=np.bool_)
+    while going.any():
+        action = act(obs, rng)
+        following, reward, terminated, truncated = env.step(action)
+        parts.append((obs, action, reward, following, terminated, truncated, going.copy()))
+        going &= ~(terminated | truncated)
+        obs = following
+    columns = [np.stack(column, axis=1) for column in zip(*parts, strict=True)]
+    counted = columns.pop()
+    return Transitions(*(torch.as_tensor(column[counted], dtype=torch.float32) for column in columns))
