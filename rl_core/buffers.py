@@ -16,7 +16,7 @@ UNKNOWN = float("nan")
 
 
 class Buffer:
-    """Room for transitions; when it is full the oldest make place. A row is (obs, action, reward, next obs, flags, log density, who).
+    """Room for transitions; when it is full the oldest make place. A row is obs, action, reward, next obs, flags, log density, who.
 
     One gather makes a batch, on the device where the tensor lives.
     """
@@ -49,7 +49,7 @@ class Buffer:
         self.size, self.mass = min(self.size + count, self.capacity), None
 
     def weigh(self, weight: Tensor) -> None:
-        """Draw row i from now on with a chance in proportion to weight[i]. Raises InputError for others than one per row, none negative."""
+        """Draw row i from now on with a chance in proportion to weight[i]. Raises InputError for negative ones."""
         if weight.shape != (self.size,) or not bool((weight >= 0).all()) or not bool(weight.sum() > 0):
             raise InputError(f"found weights of shape {tuple(weight.shape)}; expected {self.size}, none negative and some positive")
         self.mass = weight.double().cumsum(dim=0).to(self.rows.device)
@@ -67,7 +67,7 @@ class Buffer:
 
     def unpacked(self, rows: Tensor) -> Transitions:
         """Views into rows (n, columns)."""
-        obs, action, reward, next_obs, *flat = rows.split((self.obs, self.action, 1, self.obs, 1, 1, 1, 1), dim=1)
+        obs, action, reward, next_obs, *flat = torch.split(rows, [self.obs, self.action, 1, self.obs, 1, 1, 1, 1], dim=1)
         terminated, truncated, logp, policy = (one[:, 0] for one in flat)
         return Transitions(obs, action, reward[:, 0], next_obs, terminated, truncated, logp, policy)
 
@@ -92,9 +92,7 @@ def mixed(parts: Sequence[tuple[Buffer, float]], count: int, rng: Generator) -> 
     Raises InputError for shares that do not add to 1, and for empty buffers.
     """
     if abs(sum(share for _, share in parts) - 1) > 1e-9 or any(not buffer.size for buffer, _ in parts):
-        raise InputError(
-            f"found shares {[share for _, share in parts]}; expected such that add to 1, of buffers that hold something"
-        )
+        raise InputError(f"found shares {[share for _, share in parts]}; expected a sum of 1, of buffers that hold something")
     counts = [round(share * count) for _, share in parts[:-1]]
     counts.append(count - sum(counts))
     first, _ = parts[0]

@@ -105,7 +105,7 @@ SETS: Mapping[str, tuple[tuple[Act, int], ...]] = {
     "pend-eps60": ((Mixed(0.6), 100),),
     "pend-rand": ((uniform, 100),),
 }
-"""Who acts in each data set, and for how many episodes. A narrow and a wide one: what pins a policy to data passes only the first."""
+"""Who acts in each data set, and for how many episodes. What pins a policy to its data passes only the narrow one."""
 
 
 def dataset(name: str, seed: int) -> Transitions:

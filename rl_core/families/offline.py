@@ -90,8 +90,8 @@ class Drawn:
 class Learner:
     """What a loss looks at: networks by name, their lagged copies, and what the method prepared from the whole data."""
 
-    nets: nn.ModuleDict
-    lagged: nn.ModuleDict
+    nets: Mapping[str, Any]
+    lagged: Mapping[str, Any]
     prepared: Any = None
 
 

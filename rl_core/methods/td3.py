@@ -1,4 +1,4 @@
-"""TD3: twin critics of which the lower counts, smoothed targets, an actor that learns half as often. The base of offline methods."""
+"""TD3: twin critics of which the lower counts, smoothed targets, an actor that learns half as often. Others build on it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Twin:
 
 
 ORIGINS: Mapping[str, str] = {
-    "twin": "paper and code: discount 0.99, tau 0.005, noise 0.2 cut at 0.5, the actor every second step, Adam 3e-4, batches of 256",
+    "twin": "paper and code: discount 0.99, tau 0.005, noise 0.2 cut at 0.5, the actor every second step, Adam 3e-4",
 }
 
 

@@ -1,7 +1,7 @@
 """Training from transitions in memory: a batch, the method's stages, lagged copies; from a log, or from a buffer that grows.
 
-A run can be stopped after any step and gone on with to the bit. Nothing in the loop waits for the device: what a step tells is added up
-there, and read when somebody asks.
+A run can be stopped after any step and gone on with to the bit. Nothing in the loop waits for the device: what a step tells is
+added up there, and read when somebody asks.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Scaling:
 class OfflineTrainer:
     """A method that learns from transitions, and from those that are added later where `capacity` leaves room.
 
-    Observations are scaled by what the first data say. `draw`: where random numbers come from, else a generator of the schedule's seed.
+    Observations are scaled by what the first data say. `draw`: where random numbers come from, else a generator of its own.
     """
 
     def __init__(
@@ -96,11 +96,10 @@ class OfflineTrainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(schedule.seed)
             made = method.networks(Sizes(*data.sizes, schedule.width, schedule.layers))
-        self.learner = Learner(
-            nn.ModuleDict(made).to(self.device),
-            nn.ModuleDict({name: copy.deepcopy(made[name]) for name in method.lagged()}).to(self.device).requires_grad_(False),
-            method.prepare(self.buffer.all()) if isinstance(method, WithPreparation) else None,
-        )
+        self.nets = nn.ModuleDict(made).to(self.device)
+        self.lagged = nn.ModuleDict({name: copy.deepcopy(self.nets[name]) for name in method.lagged()}).requires_grad_(False)
+        prepared = method.prepare(self.buffer.all()) if isinstance(method, WithPreparation) else None
+        self.learner = Learner(dict(self.nets.items()), dict(self.lagged.items()), prepared)
         self.stages = [_Running(stage, self.learner, method.tau) for stage in method.stages()]
         self.rng = Generator(self.device).manual_seed(schedule.seed + 1)
         self.draw = Drawn(self.rng) if draw is None else draw
@@ -140,14 +139,14 @@ class OfflineTrainer:
     def state(self) -> dict[str, Any]:
         """All that the next step depends on, but for the data."""
         return {
-            "nets": self.learner.nets.state_dict(), "lagged": self.learner.lagged.state_dict(), "rng": self.rng.get_state(),
+            "nets": self.nets.state_dict(), "lagged": self.lagged.state_dict(), "rng": self.rng.get_state(),
             "stages": [stage.state() for stage in self.stages], "step": self.step, "cpu_seconds": self.cpu_seconds,
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, with the same data."""
-        self.learner.nets.load_state_dict(state["nets"])
-        self.learner.lagged.load_state_dict(state["lagged"])
+        self.nets.load_state_dict(state["nets"])
+        self.lagged.load_state_dict(state["lagged"])
         self.rng.set_state(state["rng"])
         for stage, kept in zip(self.stages, state["stages"], strict=True):
             stage.restore(kept)
@@ -163,8 +162,8 @@ class _Running:
         self.weights = [weight for group in groups for weight in group["params"]]  # type: ignore[attr-defined]
         self.optimizer = torch.optim.Adam(groups, fused=True)
         self.rates = [rate for _, rate in stage.learns.items()]
-        self.leading = [weight for name in stage.follows for weight in learner.nets[name].parameters()]
-        self.lagging = [weight for name in stage.follows for weight in learner.lagged[name].parameters()]
+        self.leading: list[Tensor] = [weight for name in stage.follows for weight in learner.nets[name].parameters()]
+        self.lagging: list[Tensor] = [weight for name in stage.follows for weight in learner.lagged[name].parameters()]
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
 
     def run(self, learner: Learner, batch: Transitions, draw: Draw, done: float) -> None:
