@@ -49,7 +49,8 @@ def compare(
         from pipelines.charts import drawn, learning
         from rl_core.registry import named
         from rl_core.trainers.token import Schedule
-        from rl_core.verify.arms import TASKS, Arm, Arms
+        from rl_core.verify.arms import Arms
+        from rl_core.verify.token import TASKS, TokenArm
 
         names = list(dict.fromkeys(split(methods, keep_parentheses=True) or []))
         if task not in TASKS or not names:
@@ -57,7 +58,7 @@ def compare(
         asked = {name: named(name) for name in names}
         terminal = Console(stderr=True)
         schedules = [Schedule(steps=steps, sync_interval=sync, seed=seed, eval_every=max(steps // 8, 1)) for seed in range(seeds)]
-        arms = [Arm(method, task, schedule) for method in asked.values() for schedule in schedules]
+        arms = [TokenArm(method, task, schedule) for method in asked.values() for schedule in schedules]
         found = Arms(folder, lambda text: terminal.print(text, style="dim")).run(arms)
         runs = {name: found[place * seeds : (place + 1) * seeds] for place, name in enumerate(asked)}
         table = [ends(name, some) for name, some in runs.items()]
@@ -97,7 +98,7 @@ def rollouts(
         from rl_core.bridge import target_logps
         from rl_core.models.lm import LM
         from rl_core.trainers.token import kept, roll_out
-        from rl_core.verify.arms import TASKS
+        from rl_core.verify.token import TASKS
 
         policies = dict[int, LM]()
         for step, path in kept(folder).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Buffer:
 
     def take(self, index: Tensor) -> Transitions:
         """Rows by number. What is not known of them is NaN."""
-        return self.unpacked(self.rows[index])
+        return replace(self.unpacked(self.rows[index]), row=index)
 
     def unpacked(self, rows: Tensor) -> Transitions:
         """Views into rows (n, columns)."""
@@ -73,7 +74,7 @@ class Buffer:
 
     def all(self) -> Transitions:
         """Everything that is held, in the order of its rows."""
-        return self.unpacked(self.rows[: self.size])
+        return replace(self.unpacked(self.rows[: self.size]), row=torch.arange(self.size, device=self.rows.device))
 
     def state(self) -> dict[str, Any]:
         """All that draws depend on, but for the generator."""

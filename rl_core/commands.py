@@ -89,7 +89,7 @@ def train(
     with bad_input("rl"):
         from ope.data import InputError
         from rl_core.trainers.token import Trainer, run
-        from rl_core.verify.arms import TASKS, start
+        from rl_core.verify.token import TASKS, start
 
         if task not in TASKS:
             raise InputError(f"--task: found {task!r}; expected {' or '.join(TASKS)}")
@@ -127,7 +127,7 @@ def evaluate_checkpoint(
         from ope.data import InputError
         from rl_core.models.lm import LM
         from rl_core.trainers.token import evaluate
-        from rl_core.verify.arms import TASKS
+        from rl_core.verify.token import TASKS
 
         path = folder / "checkpoint.pt"
         if not path.exists():

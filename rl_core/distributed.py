@@ -28,7 +28,7 @@ from bandits.terminal import bad_input
 from ope.data import InputError
 from rl_core.registry import find
 from rl_core.trainers.token import Ranks, Schedule, Trainer, imitate, run
-from rl_core.verify.arms import TASKS
+from rl_core.verify.token import TASKS
 
 
 def all_sum(value: Tensor) -> Tensor:

@@ -39,6 +39,8 @@ class Transitions:
     """(n,) log density with which the action was drawn, where it was drawn."""
     policy: Tensor | None = None
     """(n,) id of who acted."""
+    row: Tensor | None = None
+    """(n,) numbers of the rows in the buffer that they are from."""
 
     def __len__(self) -> int:
         return len(self.obs)

@@ -16,7 +16,8 @@ from rl_core.methods.grpo import GRPO
 from rl_core.methods.rec import REC, VARIANTS
 from rl_core.methods.reinforce import REINFORCE
 from rl_core.trainers.token import Schedule
-from rl_core.verify.arms import Arm, Arms, Margin, Rows, mean, passed_at
+from rl_core.verify.arms import Arms, Margin, Rows, mean
+from rl_core.verify.token import TokenArm, passed_at
 
 SEEDS = 3
 """Of the pages' experiments on language models."""
@@ -43,14 +44,14 @@ def at_most(name: str, measured: float, required: float, seeds: int | None = Non
     return Margin(name, f"<= {required:.3f}", f"{measured:.3f}", measured <= required)
 
 
-def addition(method: TokenMethod, seed: int, *, steps: int = 160, sync: int = 20) -> Arm:
+def addition(method: TokenMethod, seed: int, *, steps: int = 160, sync: int = 20) -> TokenArm:
     """The addition model of the pages: 32 prompts x 8 responses a step, the sampler refreshed every `sync` steps."""
-    return Arm(method, "addition", Schedule(steps=steps, sync_interval=sync, seed=seed))
+    return TokenArm(method, "addition", Schedule(steps=steps, sync_interval=sync, seed=seed))
 
 
-def fillers(method: TokenMethod, seed: int) -> Arm:
+def fillers(method: TokenMethod, seed: int) -> TokenArm:
     """BAPO's task, on which failures are longer: 24 prompts x 8 responses a step, 80 steps, refreshed every 20."""
-    return Arm(method, "fillers", Schedule(steps=80, prompts=24, sync_interval=20, seed=seed))
+    return TokenArm(method, "fillers", Schedule(steps=80, prompts=24, sync_interval=20, seed=seed))
 
 
 def _grpo(arms: Arms, seeds: Sequence[int]) -> list[Margin]:

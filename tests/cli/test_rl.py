@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from rl_core.models.lm import LM
 from rl_core.registry import METHODS, named
 from rl_core.tasks.addition import Fillers
 from rl_core.trainers.token import Schedule, imitate
-from rl_core.verify.arms import Arm, Arms, code_of, start_path
+from rl_core.verify.arms import Arms, code_of
 from rl_core.verify.experiments import EXPERIMENTS, at_least, at_most
+from rl_core.verify.token import TokenArm, start_path
 
 RUNNER = CliRunner()
 SHORT = Schedule(steps=2, prompts=2, responses=2, eval_prompts=8)
@@ -155,7 +157,7 @@ def test_a_log_of_rollouts_that_cannot_be_is_refused(
 
 
 def test_finished_arms_are_read_and_not_run_again(folder: Path) -> None:
-    arm, told = Arm(GRPO(), "fillers", SHORT), list[str]()
+    arm, told = TokenArm(GRPO(), "fillers", SHORT), list[str]()
     (first,) = Arms(folder, told.append).run([arm])
     assert [row["step"] for row in first] == [0, 1, 2]
     assert told == ["GRPO on fillers, seed 0 (1 of 1)"]
@@ -167,8 +169,8 @@ def test_finished_arms_are_read_and_not_run_again(folder: Path) -> None:
 
 def test_an_arm_is_another_one_by_method_task_schedule_and_code() -> None:
     arms = [
-        Arm(GRPO(), "fillers", SHORT), Arm(GRPO(eps_high=0.28), "fillers", SHORT), Arm(GRPO(), "addition", SHORT),
-        Arm(GRPO(), "fillers", Schedule(steps=3, prompts=2, responses=2, eval_prompts=8)), Arm(AsymRE(), "fillers", SHORT),
+        TokenArm(GRPO(), "fillers", SHORT), TokenArm(GRPO(eps_high=0.28), "fillers", SHORT), TokenArm(GRPO(), "addition", SHORT),
+        TokenArm(AsymRE(), "fillers", SHORT), TokenArm(GRPO(), "fillers", replace(SHORT, steps=3)),
     ]  # fmt: skip
     assert len({arm.key() for arm in arms}) == len(arms)
     assert code_of("rl_core.methods.asymre") != code_of("rl_core.methods.reinforce")
