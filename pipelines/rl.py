@@ -14,7 +14,7 @@ from bandits.terminal import bad_input
 from pipelines.terminal import AsJsonObject, Seed, split
 
 if TYPE_CHECKING:
-    from rl_core.verify.arms import Rows
+    from rl_core.trainers.checkpoints import Rows
 
 MEASURES: Mapping[str, str] = {
     "pass_at_1": "pass@1",

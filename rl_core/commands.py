@@ -12,8 +12,7 @@ import typer
 from bandits.terminal import bad_input
 
 if TYPE_CHECKING:
-    from rl_core.registry import Method
-    from rl_core.verify.arms import Margin
+    from rl_core.verify.margins import Margin
 
 rl_app = typer.Typer(name="rl", help="Reinforcement learning on the estimators' own arithmetic.", no_args_is_help=True)
 
@@ -186,7 +185,7 @@ def _told(margin: Margin) -> dict[str, Any]:
     return {name: getattr(margin, name) for name in ("name", "required", "measured", "passed")}
 
 
-def _asked(name: str, settings: Path | None, changes: Mapping[str, Any]) -> tuple[Method, Any]:
+def _asked(name: str, settings: Path | None, changes: Mapping[str, Any]) -> tuple[Any, Any]:
     """A method and a schedule from a file of settings, and from what the command line says otherwise."""
     import tomllib
 

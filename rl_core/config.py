@@ -11,7 +11,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ope.data import InputError
-from rl_core.registry import Method, find
+from rl_core.registry import find
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ def from_table(kind: type[T], table: Mapping[str, Any], where: str = "") -> T:
         raise InputError(f"{where}: {error}; expected some of {', '.join(known)}") from None
 
 
-def method_from(table: Mapping[str, Any]) -> Method:
+def method_from(table: Mapping[str, Any]) -> Any:
     """A method from a table that names it under `method`. Raises InputError."""
     rest = dict(table)
     name = rest.pop("method", None)

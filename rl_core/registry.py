@@ -3,38 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from ope.data import InputError
+from rl_core.families.offline import OfflineMethod
 from rl_core.families.token import TokenMethod
 from rl_core.methods.asymre import AsymRE
 from rl_core.methods.bapo import BAPO, RECOMMENDED
 from rl_core.methods.grpo import GRPO, KIN
 from rl_core.methods.opmd import OPMD, PairwiseOPMD, TrinityOPMD
 from rl_core.methods.ppo import PPO
+from rl_core.methods.prdc import PRDC
 from rl_core.methods.rec import REC, VARIANTS
 from rl_core.methods.reinforce import REINFORCE
+from rl_core.methods.td3 import TD3
+from rl_core.methods.td3_bc import TD3BC
 
-Method = TokenMethod
+Method = TokenMethod | OfflineMethod
 
-FAMILIES: Mapping[str, tuple[type[Method], ...]] = {
+FAMILIES: Mapping[str, tuple[type[Any], ...]] = {
     "token": (REINFORCE, PPO, GRPO, REC, OPMD, TrinityOPMD, PairwiseOPMD, AsymRE, BAPO),
+    "offline": (TD3, TD3BC, PRDC),
 }
-METHODS: tuple[type[Method], ...] = tuple(method for methods in FAMILIES.values() for method in methods)
+METHODS: tuple[type[Any], ...] = tuple(method for methods in FAMILIES.values() for method in methods)
 
 
-def find(name: str) -> type[Method]:
-    """A method's class by its name, in any case. Raises InputError, naming those that there are."""
-    for method in METHODS:
+def find(name: str, family: str | None = None) -> type[Any]:
+    """A method's class by its name, in any case; of a family if one is asked for. Raises InputError that names them."""
+    known = METHODS if family is None else FAMILIES[family]
+    for method in known:
         if method.__name__.lower() == name.lower():
             return method
-    raise InputError(f"method: found {name!r}; expected one of {', '.join(one.__name__ for one in METHODS)}")
+    kind = "" if family is None else f" of the {family} family"
+    raise InputError(f"method: found {name!r}; expected one{kind} of {', '.join(one.__name__ for one in known)}")
+
+
+def family_of(method: type[Any]) -> str:
+    """The family that a method's class is of."""
+    return next(family for family, methods in FAMILIES.items() if method in methods)
 
 
 SETTINGS: Mapping[str, Method] = {**KIN, **VARIANTS, "BAPO-gradient": RECOMMENDED}
 """Settings that papers and libraries have names for."""
 
 
-def named(name: str) -> Method:
+def named(name: str) -> Any:
     """A method with its defaults, or a setting that has a name of its own, in any case. Raises InputError."""
     for known, method in SETTINGS.items():
         if known.lower() == name.lower():

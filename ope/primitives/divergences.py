@@ -45,3 +45,26 @@ def total_variation(p: Array, q: Array) -> Array:
     xp = namespace(p, q)
     same_shape(p=p, q=q)
     return xp.sum(xp.abs(as_float32(p) - as_float32(q)), axis=-1) / 2
+
+
+def expectile(gap: Array, level: float) -> Array:
+    """|level - 1[u < 0]|·u² of gaps u = x - m: its mean over x is least at the m that is x's expectile. Any one shape.
+
+    Newey and Powell 1987; a critic's upper expectile in IQL (Kostrikov et al. 2021). Level 0.5 is half the square.
+    """
+    xp = namespace(gap)
+    gap = as_float32(gap)
+    one = xp.ones_like(gap)
+    return xp.where(gap < 0, (1 - level) * one, level * one) * gap**2
+
+
+def gaussian_kl(mean: Array, log_std: Array, mean_ref: Array, log_std_ref: Array) -> Array:
+    """KL(N(μ, σ²)‖N(μ0, σ0²)) of diagonal normals: Σ_j log(σ0/σ) + (σ² + (μ - μ0)²) / (2σ0²) - ½. (..., A) -> (...).
+
+    Written by expm1 of 2·log(σ/σ0), so that near equality no digits cancel.
+    """
+    xp = namespace(mean, log_std, mean_ref, log_std_ref)
+    same_shape(mean=mean, log_std=log_std, mean_ref=mean_ref, log_std_ref=log_std_ref)
+    apart = as_float32(log_std) - as_float32(log_std_ref)
+    shift = (as_float32(mean) - as_float32(mean_ref)) * xp.exp(-as_float32(log_std_ref))
+    return xp.sum((xp.expm1(2 * apart) + shift**2) / 2 - apart, axis=-1)

@@ -27,6 +27,20 @@ def dual_clipped(ratio: Array, advantage: Array, low: float, high: float, bound:
     return xp.where(advantage < 0, xp.maximum(value, bound * advantage), value)
 
 
+def mirror_step(policy: Array, advantage: Array, step: float) -> Array:
+    """π·exp(step·A) / Z over the last axis: where E_π'[A] - KL(π'‖π) / step is largest. (..., k) -> (..., k).
+
+    Mirror descent with negative entropy (Tomar et al. 2022). Z = Σ π·exp(step·A), and the optimum is log Z / step. A constant added
+    to A changes nothing; what has no chance never gets one. With rewards for A, a step of natural gradient on a softmax table.
+    """
+    xp = namespace(policy, advantage)
+    same_shape(policy=policy, advantage=advantage)
+    possible, exponent = policy > 0, step * advantage
+    highest = xp.max(xp.where(possible, exponent, -xp.inf * xp.ones_like(exponent)), axis=-1, keepdims=True)
+    risen = policy * xp.exp(xp.where(possible, exponent - highest, xp.zeros_like(exponent)))  # bounded before exp can overflow
+    return risen / xp.sum(risen, axis=-1, keepdims=True)
+
+
 @dataclass(frozen=True)
 class OneSided:
     """Rows that PPO's clipping lets move: not those that went beyond a bound already in the direction of their advantage."""

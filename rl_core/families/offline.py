@@ -111,6 +111,8 @@ class Stage:
     """Steps between two of it."""
     follows: tuple[str, ...] = ()
     """Networks whose lagged copies move towards them afterwards."""
+    copied_every: int | None = None
+    """Steps between two moments at which those copies become their networks; None: they move by the method's tau."""
     cosine: bool = False
     """Learning rates fall to 0 by the end of the schedule, as a quarter of a cosine."""
 

@@ -47,7 +47,10 @@ class Ensemble(nn.Module):
         x = x.expand(members, *x.shape) if x.ndim == 2 else x
         last = len(self.weights) - 1
         for place, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, x, weight)
+            if weight.shape[2] == 1:  # a product with one column is slow, forward and back
+                x = (x * weight.transpose(1, 2)).sum(dim=2, keepdim=True) + bias
+            else:
+                x = torch.baddbmm(bias, x, weight)
             x = x if place == last else functional.relu(x, inplace=True)
         return x
 
@@ -55,7 +58,10 @@ class Ensemble(nn.Module):
         """(B, inputs) -> (B, outputs) by the first member alone."""
         last = len(self.weights) - 1
         for place, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.addmm(bias[0], x, weight[0])
+            if weight.shape[2] == 1:
+                x = (x * weight[0, :, 0]).sum(dim=1, keepdim=True) + bias[0]
+            else:
+                x = torch.addmm(bias[0], x, weight[0])
             x = x if place == last else functional.relu(x, inplace=True)
         return x
 
@@ -189,3 +195,15 @@ def act_exported(arrays: Mapping[str, NDArray[Any]], obs: NDArray[Any]) -> NDArr
         obs = obs @ arrays[f"w{place}"] + arrays[f"b{place}"]
         obs = obs if place == len(layers) - 1 else np.maximum(obs, 0)
     return obs
+
+
+class Temperature(nn.Module):
+    """What a nat of a policy's entropy is worth, α > 0: its logarithm is learned (SAC, CQL)."""
+
+    def __init__(self, start: float = 1.0) -> None:
+        super().__init__()
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(start)))
+
+    def forward(self) -> Tensor:
+        """() α."""
+        return self.log_alpha.exp()

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from rl_core.buffers import Buffer
 from rl_core.families.offline import Draw, Drawn, Learner, OfflineMethod, Stage, Transitions, WithPreparation, WithSelection
 from rl_core.loss import total
 from rl_core.models.mlp import Sizes
+from rl_core.trainers.checkpoints import Rows, read_checkpoint, write_checkpoint
 
 STD_FLOOR = 1e-3
 """Added to the spread of every observation: constant ones are then no division by 0."""
@@ -123,6 +125,7 @@ class OfflineTrainer:
         for stage in self.stages:
             if self.step % stage.stage.every == 0:
                 stage.run(self.learner, batch, self.draw, self.step / self.schedule.steps)
+                stage.follow(self.step)
 
     def metrics(self) -> dict[str, float]:
         """Means since they were last asked for; here alone a step waits for the device."""
@@ -176,11 +179,18 @@ class _Running:
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
         self.optimizer.step()
-        if self.lagging:
-            torch._foreach_lerp_(self.lagging, self.leading, self.tau)
         for name, term in loss.metrics.items():
             num, den = self.sums.get(name, (0.0, 0.0))
             self.sums[name] = num + term.num.detach(), den + term.den.detach()
+
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        """Lagged copies move, or are made anew. Without a graph, which would tie a copy to all its past."""
+        every = self.stage.copied_every
+        if self.lagging and every is None:
+            torch._foreach_lerp_(self.lagging, self.leading, self.tau)
+        elif self.lagging and every is not None and step % every == 0:
+            torch._foreach_copy_(self.lagging, self.leading)
 
     def read(self) -> dict[str, float]:
         """Ratios since the last time."""
@@ -238,6 +248,29 @@ def returns(act: Act, env: Environment, episodes: int, rng: np.random.Generator)
         earned += np.where(going, reward, 0.0)
         going &= ~(terminated | truncated)
     return earned
+
+
+def run(
+    trainer: OfflineTrainer,
+    evaluate: Callable[[Act], Mapping[str, float]],
+    folder: Path | None = None,
+    progress: Callable[[dict[str, float]], object] = lambda metrics: None,
+) -> Rows:
+    """A trainer's steps to the end of its schedule, from where its folder says it was; a row at every evaluation of its policy.
+
+    A run that was killed goes on at its last evaluation, to the bit.
+    """
+    schedule = trainer.schedule
+    state, rows = read_checkpoint(folder)
+    if state is not None:
+        trainer.restore(state)
+    while trainer.step < schedule.steps:
+        trainer.advance(min(schedule.eval_every - trainer.step % schedule.eval_every, schedule.steps - trainer.step))
+        rows.append(trainer.metrics() | dict(evaluate(trainer.act)))
+        progress(rows[-1])
+        if folder is not None:
+            write_checkpoint(folder, trainer.state(), rows)
+    return rows
 
 
 def recorded(

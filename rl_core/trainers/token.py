@@ -7,7 +7,6 @@ processes take one step together through `Ranks`, whose callables do nothing whe
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -37,6 +36,7 @@ from rl_core.models.lm import LM, Critic
 from rl_core.rewards import overlong_penalty
 from rl_core.rollout import CachedSampler, CausalModel, Replay, Rollouts, device_of, joined, token_logps
 from rl_core.tasks.addition import END, PAD
+from rl_core.trainers.checkpoints import Rows, read_checkpoint, save, write_checkpoint
 
 
 class Task(Protocol):
@@ -388,7 +388,7 @@ def imitate(
 
 def run(
     trainer: Trainer, folder: Path | None = None, progress: Callable[[dict[str, float]], object] = lambda metrics: None
-) -> list[dict[str, float]]:
+) -> Rows:
     """A trainer's steps to the end of its schedule, from where its folder says it was; a line per step in `metrics.jsonl`.
 
     pass@1 is measured before the first step, every `eval_every` steps and at the end, where the policy's weights are kept as well
@@ -400,16 +400,12 @@ def run(
             f"found a folder and {trainer.ranks.count} ranks; expected no folder: each would write its own part of the weights"
         )
     schedule = trainer.schedule
-    rows = list[dict[str, float]]()
-    checkpoint = None if folder is None else folder / "checkpoint.pt"
-    if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        trainer.restore(state["trainer"])
-        rows = state["rows"]
+    state, rows = read_checkpoint(folder)
+    if state is not None:
+        trainer.restore(state)
     if not rows:
         rows.append({"step": 0, "rollouts": 0, "cpu_seconds": 0.0, "pass_at_1": trainer.evaluate()})
-        if checkpoint is not None:
-            _save(checkpoint, trainer, rows)
+        _keep(folder, trainer, rows)
     while trainer.step < schedule.steps:
         metrics = trainer.advance()
         last = trainer.step == schedule.steps
@@ -417,8 +413,8 @@ def run(
             metrics["pass_at_1"] = trainer.evaluate()
         rows.append(metrics)
         progress(metrics)
-        if checkpoint is not None and "pass_at_1" in metrics:
-            _save(checkpoint, trainer, rows)
+        if "pass_at_1" in metrics:
+            _keep(folder, trainer, rows)
     return rows
 
 
@@ -430,19 +426,11 @@ def kept(folder: Path) -> dict[int, Path]:
     return found
 
 
-def _save(path: Path, trainer: Trainer, rows: list[dict[str, float]]) -> None:
-    """The policy, a checkpoint and its metrics, each whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    states = {
-        path.with_name(f"policy-{trainer.step:06d}.pt"): trainer.weights(),
-        path: {"trainer": trainer.state(), "rows": rows},
-    }
-    for file, state in states.items():
-        part = file.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(file)
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (path.parent / "metrics.jsonl").write_text(lines)
+def _keep(folder: Path | None, trainer: Trainer, rows: Rows) -> None:
+    """The policy, then a checkpoint, so that one that says a step was done has its policy."""
+    if folder is not None:
+        save(folder / f"policy-{trainer.step:06d}.pt", trainer.weights())
+        write_checkpoint(folder, trainer.state(), rows)
 
 
 def _added(some: list[Any]) -> tuple[Any, ...]:

@@ -10,9 +10,8 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-Rows = list[dict[str, float]]
+from rl_core.trainers.checkpoints import Rows
 
 
 class Arm(Protocol):
@@ -46,16 +45,6 @@ class Arm(Protocol):
     def run(self, folder: Path) -> Rows:
         """Metrics by step."""
         ...
-
-
-@dataclass(frozen=True)
-class Margin:
-    """What an experiment must show, and what it showed."""
-
-    name: str
-    required: str
-    measured: str
-    passed: bool
 
 
 class Arms:
@@ -103,11 +92,6 @@ def keep(path: Path, content: bytes) -> None:
     part = path.with_suffix(f".{os.getpid()}")
     part.write_bytes(content)
     part.replace(path)
-
-
-def mean(values: Sequence[float]) -> float:
-    """Of an arm's seeds."""
-    return sum(values) / len(values)
 
 
 @cache

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,33 +15,12 @@ from rl_core.methods.bapo import BAPO, Bounds
 from rl_core.methods.grpo import GRPO
 from rl_core.methods.rec import REC, VARIANTS
 from rl_core.methods.reinforce import REINFORCE
+from rl_core.trainers.checkpoints import Rows
 from rl_core.trainers.token import Schedule
-from rl_core.verify.arms import Arms, Margin, Rows, mean
+from rl_core.verify.arms import Arms
+from rl_core.verify.control import CONTROL
+from rl_core.verify.margins import SEEDS, Experiment, Margin, at_least, at_most, mean
 from rl_core.verify.token import TokenArm, passed_at
-
-SEEDS = 3
-"""Of the pages' experiments on language models."""
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What verifies a method."""
-
-    told: str
-    seeds: int
-    margins: Callable[[Arms, Sequence[int]], list[Margin]]
-
-
-def at_least(name: str, measured: float, required: float, seeds: int | None = None) -> Margin:
-    """A value that must not be below; a margin on a mean over fewer seeds than the page has shrinks by the root of the ratio."""
-    required = required if seeds is None else required * (min(seeds, SEEDS) / SEEDS) ** 0.5
-    return Margin(name, f">= {required:.3f}", f"{measured:.3f}", measured >= required)
-
-
-def at_most(name: str, measured: float, required: float, seeds: int | None = None) -> Margin:
-    """A value that must not be above; a margin on a mean over fewer seeds than the page has grows by the root of the ratio."""
-    required = required if seeds is None else required / (min(seeds, SEEDS) / SEEDS) ** 0.5
-    return Margin(name, f"<= {required:.3f}", f"{measured:.3f}", measured <= required)
 
 
 def addition(method: TokenMethod, seed: int, *, steps: int = 160, sync: int = 20) -> TokenArm:
@@ -248,6 +227,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "BAPO": Experiment(
         "the controller on synthetic batches; sums after fillers, with longer failures and a stale sampler", SEEDS, _bapo
     ),
+    **CONTROL,
 }
 
 

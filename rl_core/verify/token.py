@@ -13,8 +13,9 @@ from rl_core.config import to_table
 from rl_core.families.token import TokenMethod
 from rl_core.models.lm import LM
 from rl_core.tasks.addition import Addition, Fillers
+from rl_core.trainers.checkpoints import Rows
 from rl_core.trainers.token import Schedule, Task, Trainer, imitate, run
-from rl_core.verify.arms import Rows, code_of, digest, keep
+from rl_core.verify.arms import code_of, digest, keep
 
 TASKS: Mapping[str, Task] = {"addition": Addition(), "fillers": Fillers()}
 

@@ -28,7 +28,7 @@ from rl_core.methods.ppo import PPO
 from rl_core.methods.rec import REC, VARIANTS
 from rl_core.methods.reinforce import REINFORCE
 from rl_core.penalties import K3
-from rl_core.registry import METHODS, find
+from rl_core.registry import FAMILIES, METHODS, find
 from tests.rl_core.methods_of_tokens import EVERY, batch, by_order, micro_batches
 
 EACH = pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)
@@ -194,7 +194,7 @@ def test_a_method_is_its_parent_where_what_is_new_is_off(one: TokenMethod, other
     close(loss_and_gradient(one, whole, logp)[1], loss_and_gradient(other, whole, logp)[1])
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("method", FAMILIES["token"], ids=lambda one: one.__name__)
 def test_a_token_bandit_is_solved(method: Any) -> None:
     """Four answers of one token, the third is right: from 1/4 to above 0.9 within 150 steps of 4 prompts x 8 answers."""
     rng, logits = np.random.default_rng(0), np.zeros(4)

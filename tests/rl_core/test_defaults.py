@@ -24,6 +24,14 @@ class Origin(NamedTuple):
     code: Any = None
 
 
+TWIN = Origin(
+    {
+        "kind": "Twin", "discount": 0.99, "tau": 0.005, "noise": 0.2, "noise_clip": 0.5, "actor_every": 2, "actor_rate": 3e-4,
+        "critic_rate": 3e-4,
+    }
+)  # fmt: skip
+"""Those of TD3's paper and code, which agree."""
+
 DEFAULTS: dict[str, dict[str, Origin]] = {
     "REINFORCE": {"truncate": Origin("none"), "aggregation": Origin(TOKEN_MEAN, None, "token-mean")},
     "PPO": {
@@ -55,6 +63,12 @@ DEFAULTS: dict[str, dict[str, Origin]] = {
     },
     "PairwiseOPMD": {"temperature": Origin(1.0)},
     "AsymRE": {"shift": Origin(-0.1, None, -0.1), "aggregation": Origin(TOKEN_MEAN, None, "token-mean")},
+    "TD3": {"twin": TWIN},
+    "TD3BC": {"alpha": Origin(2.5, 2.5, 2.5), "twin": TWIN},
+    "PRDC": {
+        "alpha": Origin(2.5, 2.5, 2.5), "state_weight": Origin(2.0, 2.0, 1.0), "norm": Origin("squared", "l2", "squared"),
+        "bandwidth": Origin(0.0), "search": Origin("auto", None, "tree"), "twin": TWIN,
+    },
     "BAPO": {
         "target": Origin(0.4, 0.4, 1.0), "low_start": Origin(0.6, 0.6, 0.6), "low_limit": Origin(0.9, 0.9, 0.8),
         "high_start": Origin(1.2, 1.2, 1.2), "high_limit": Origin(3.0, 3.0, 2.0), "step_low": Origin(0.02, 0.02, 0.05),
