@@ -24,10 +24,8 @@ from rl_core.buffers import Buffer
 from rl_core.families.offline import Draw, Drawn, Learner, OfflineMethod, Stage, Transitions, WithPreparation, WithSelection
 from rl_core.loss import total
 from rl_core.models.mlp import Sizes
+from rl_core.scaling import Scaling
 from rl_core.trainers.checkpoints import Rows, read_checkpoint, write_checkpoint
-
-STD_FLOOR = 1e-3
-"""Added to the spread of every observation: constant ones are then no division by 0."""
 
 
 @dataclass(frozen=True)
@@ -49,28 +47,6 @@ class OfflineSchedule:
         for name in ("steps", "batch", "width", "layers", "eval_every", "eval_episodes"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: found {getattr(self, name)}; expected at least 1")
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """What observations are shifted and divided by: it travels with the policy."""
-
-    mean: Tensor
-    std: Tensor
-
-    @classmethod
-    def of(cls, obs: Tensor) -> Scaling:
-        """Of the data."""
-        return cls(obs.mean(dim=0), obs.std(dim=0, correction=0) + STD_FLOOR)
-
-    @classmethod
-    def none(cls, size: int) -> Scaling:
-        """That changes nothing."""
-        return cls(torch.zeros(size), torch.ones(size))
-
-    def apply(self, obs: Tensor) -> Tensor:
-        """(n, S) -> (n, S)."""
-        return (obs - self.mean) / self.std
 
 
 class OfflineTrainer:

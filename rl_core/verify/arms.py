@@ -64,7 +64,7 @@ class Arms:
                 for name in shared:
                     self.tell(name)
                 list(pool.map(_begin, shared.values(), [self.folder] * len(shared)))
-                waiting = {pool.submit(_finish, arm, self.folder): arm for arm in missing.values()}
+                waiting = {pool.submit(_finish, arm, self.folder / f"{key}.json", self.folder): arm for key, arm in missing.items()}
                 for done, future in enumerate(as_completed(waiting), 1):
                     future.result()
                     self.tell(f"{waiting[future].name} ({done} of {len(missing)})")
@@ -80,10 +80,10 @@ def _begin(arm: Arm, folder: Path) -> None:
     arm.begin(folder)
 
 
-def _finish(arm: Arm, folder: Path) -> None:
-    """Run an arm in a process of its own, and keep it."""
+def _finish(arm: Arm, path: Path, folder: Path) -> None:
+    """Run an arm in a process of its own, and keep it under the key that it had when it was asked for."""
     torch.set_num_threads(1)
-    keep(folder / f"{arm.key()}.json", json.dumps(arm.run(folder)).encode())
+    keep(path, json.dumps(arm.run(folder)).encode())
 
 
 def keep(path: Path, content: bytes) -> None:

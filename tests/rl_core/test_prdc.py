@@ -16,8 +16,9 @@ from rl_core.loss import total
 from rl_core.methods.prdc import PRDC
 from rl_core.methods.td3 import TD3
 from rl_core.methods.td3_bc import TD3BC
+from rl_core.scaling import Scaling
 from rl_core.support import Lists, Tiles, Tree, nearest_pairs, overlap
-from rl_core.trainers.offline import OfflineSchedule, OfflineTrainer, Scaling, recorded
+from rl_core.trainers.offline import OfflineSchedule, OfflineTrainer, recorded
 
 SMALL = OfflineSchedule(steps=10, batch=64, width=16, reward_scale=0.1)
 

@@ -1,0 +1,122 @@
+"""FQE: exact where the truth is a table, calibrated on the pendulum as its page says, an alarm where data support nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ope.data import InputError
+from rl_core.envs.pendulum import Mixed, Pendulum, dataset, expert
+from rl_core.families.offline import Draw, Transitions
+from rl_core.fqe import ALARM, FQE, paired
+
+
+def target(share: float) -> Callable[[Tensor, Draw], Tensor]:
+    """The expert, uniform at a share of its steps."""
+
+    def act(obs: Tensor, draw: Draw) -> Tensor:
+        best = torch.as_tensor(expert(obs.double().numpy(), np.random.default_rng(0)), dtype=torch.float32)
+        return torch.where(draw.uniform(len(obs), 1) < share, 2 * draw.uniform(len(obs), 1) - 1, best)
+
+    return act
+
+
+def truth(share: float) -> float:
+    """Discounted value over 400 episodes, rewards a tenth."""
+    env, rng = Pendulum(), np.random.default_rng(7)
+    obs, value = env.reset(400, rng), 0.0
+    for step in range(env.steps):
+        obs, reward, _, _ = env.step(Mixed(share)(obs, rng))
+        value += float(0.98**step * 0.1 * reward.mean())
+    return value
+
+
+def starts(count: int = 400) -> Tensor:
+    return torch.as_tensor(Pendulum().reset(count, np.random.default_rng(3)), dtype=torch.float32)
+
+
+def logged(name: str) -> Transitions:
+    data = dataset(name, 0)
+    return replace(data, reward=0.1 * data.reward)
+
+
+def cycle(*, terminated: float, truncated: float) -> Transitions:
+    """A state that leads to itself, with a reward of -1."""
+    rows = 64
+    ones = torch.ones(rows)
+    return Transitions(torch.zeros(rows, 1), torch.zeros(rows, 1), -ones, torch.zeros(rows, 1), terminated * ones, truncated * ones)
+
+
+def still(obs: Tensor, draw: Draw) -> Tensor:
+    return torch.zeros(len(obs), 1)
+
+
+@pytest.mark.parametrize(("terminated", "truncated", "value"), [(1.0, 0.0, -1.0), (0.0, 1.0, -5.0), (0.0, 0.0, -5.0)])
+def test_an_end_ends_values_and_a_cut_does_not(terminated: float, truncated: float, value: float) -> None:
+    fitted = FQE(discount=0.8, steps=600, batch=16, width=8, rate=1e-2).fit(
+        cycle(terminated=terminated, truncated=truncated), still
+    )
+    assert fitted.values(torch.zeros(1, 1))[0] == pytest.approx(value, abs=0.02)
+
+
+def test_too_few_backups_cover_a_part_of_the_horizon() -> None:
+    """K = tau·steps backups from 0 of a reward of -1: 0.70245 of the limit after 60, 0.99767 after 300."""
+    assert FQE(discount=0.98, tau=0.01, steps=6000).reach == pytest.approx(0.70245, abs=5e-6)
+    assert FQE(discount=0.98, tau=0.05, steps=6000).reach == pytest.approx(0.99767, abs=5e-6)
+    short = FQE(discount=0.98, tau=0.1, steps=150, batch=16, width=8, rate=1e-2)
+    found = short.fit(cycle(terminated=0, truncated=0), still).values(torch.zeros(1, 1))[0]
+    assert found == pytest.approx(-50 * short.reach, rel=0.1)
+
+
+@pytest.mark.parametrize("share", [0.2, 1.0])
+def test_values_are_right_where_data_are_mixed_and_no_alarm_is_raised(share: float) -> None:
+    fitted = FQE(discount=0.98).fit(logged("pend-eps60"), target(share))
+    values = fitted.values(starts())
+    assert abs(values.mean() - truth(share)) <= 2  # the page's bound; its own runs are off by up to 1.3
+    assert fitted.impossible(values) <= ALARM
+
+
+def test_uniform_data_raise_the_alarm_of_an_expert() -> None:
+    data = logged("pend-rand")
+    settings = FQE(discount=0.98, steps=4000)
+    good, poor = settings.fit(data, target(0.0)), settings.fit(data, target(1.0))
+    assert good.impossible(good.values(starts())) > ALARM
+    assert poor.impossible(poor.values(starts())) <= ALARM
+    found = paired(good, poor, starts())
+    assert found.difference > 10  # the number alone would promote
+    assert not found.promotes
+    assert "candidate" in found.reasons[0]
+    assert "rewards do not allow" in found.reasons[0]
+
+
+def test_a_pair_is_compared_from_the_same_starts() -> None:
+    settings = FQE(discount=0.98, steps=2000, tau=0.1)
+    data = logged("pend-eps60")
+    good, poor = (settings.fit(data, target(share)) for share in (0.2, 1.0))
+    found = paired(good, poor, starts())
+    apart = good.values(starts()) - poor.values(starts())
+    assert found.difference == pytest.approx(apart.mean())
+    assert found.stderr == pytest.approx(apart.std(ddof=1) / 20)
+    apart_from_each_other = np.hypot(good.values(starts()).std(), poor.values(starts()).std()) / 20
+    assert found.stderr < apart_from_each_other
+    assert found.promotes
+    assert not paired(poor, good, starts()).promotes
+    assert not paired(good, good, starts()).promotes  # no better than itself
+
+
+def test_a_fit_is_the_same_again_and_settings_that_cannot_be_are_refused() -> None:
+    data = cycle(terminated=1, truncated=0)
+    one, other = (FQE(steps=20, batch=8, width=8).fit(data, still) for _ in range(2))
+    np.testing.assert_array_equal(one.values(torch.zeros(3, 1)), other.values(torch.zeros(3, 1)))
+    for changes in ({"discount": 1.0}, {"tau": 0.0}):
+        with pytest.raises(InputError, match="expected discount in"):
+            FQE(**changes)
+    with pytest.raises(InputError, match="the same settings"):
+        paired(one, FQE(steps=21, batch=8, width=8).fit(data, still), torch.zeros(3, 1))
+    with pytest.raises(InputError, match="found 1 starts"):
+        paired(one, other, torch.zeros(1, 1))
