@@ -5,30 +5,52 @@ from __future__ import annotations
 from ope.primitives._xp import Array, namespace, same_shape
 
 
-def _others(reward: Array, group: Array, mask: Array) -> tuple[Array, Array]:
-    """Sum and count of the counted rewards in each row's group, the row itself included. (B,) -> (B,), (B,)."""
+def _segments(reward: Array, group: Array, mask: Array) -> tuple[Array, Array, Array]:
+    """Rows sorted by group, in each the counted ones last, by reward; first and last + 1 place of each row's group. (B,) each."""
     xp = namespace(reward, group, mask)
     same_shape(reward=reward, group=group, mask=mask)
-    kept = xp.where(mask, reward, xp.zeros_like(reward))
-    mates = xp.astype(group[:, None] == group[None, :], reward.dtype)  # labels are compared, never used as indices
-    return mates @ kept, mates @ xp.astype(mask, reward.dtype)
+    order = xp.argsort(reward, stable=True)
+    for key in (xp.astype(mask, xp.int64), group):
+        order = xp.take(order, xp.argsort(xp.take(key, order), stable=True))
+    labels = xp.take(group, order)
+    return order, xp.searchsorted(labels, group, side="left"), xp.searchsorted(labels, group, side="right")
+
+
+def _sums(values: Array, mask: Array, segments: tuple[Array, Array, Array]) -> Array:
+    """Σ of the counted values in each row's group, in float64: a difference of long sums must not lose digits. (B,) -> (B,)."""
+    xp = namespace(values, mask)
+    order, first, last = segments
+    kept = xp.take(xp.astype(xp.where(mask, values, xp.zeros_like(values)), xp.float64), order)
+    running = xp.concat((xp.zeros_like(kept[:1]), xp.cumulative_sum(kept)))
+    return xp.astype(xp.take(running, last) - xp.take(running, first), values.dtype)
+
+
+def _counts(like: Array, mask: Array, segments: tuple[Array, Array, Array]) -> Array:
+    """Counted rows of each row's group, as numbers like those. (B,)."""
+    return _sums(namespace(like).ones_like(like), mask, segments)
+
+
+def _highest(reward: Array, mask: Array, segments: tuple[Array, Array, Array]) -> Array:
+    """The highest counted reward of each row's group, 0 where none counts. (B,)."""
+    xp = namespace(reward, mask)
+    order, _, last = segments
+    return xp.take(xp.take(xp.where(mask, reward, xp.zeros_like(reward)), order), last - 1)
 
 
 def _centred(reward: Array, group: Array, mask: Array) -> tuple[Array, Array]:
     """r - mean of the row's group over rows that count, exactly 0 for equal ones; and how many count. (B,) -> (B,), (B,)."""
     xp = namespace(reward, group, mask)
-    same_shape(reward=reward, group=group, mask=mask)
-    kept = xp.where(mask, reward, xp.zeros_like(reward))
-    mates = xp.astype((group[:, None] == group[None, :]) & mask[None, :], reward.dtype)
-    count = xp.sum(mates, axis=-1)
-    gaps = xp.sum(mates * (kept[:, None] - kept[None, :]), axis=-1)  # a mean of differences: a rounded mean would leave a rest
-    return xp.where(mask, gaps / xp.clip(count, 1.0, None), xp.zeros_like(reward)), count
+    segments = _segments(reward, group, mask)
+    count = _counts(reward, mask, segments)
+    below = xp.where(mask, reward - _highest(reward, mask, segments), xp.zeros_like(reward))  # a rounded mean would leave a rest
+    mean = _sums(below, mask, segments) / xp.clip(count, 1.0, None)
+    return xp.where(mask, below - mean, xp.zeros_like(reward)), count
 
 
 def group_center(reward: Array, group: Array, mask: Array) -> Array:
     """r - mean of the row's group, over rows that count. (B,) -> (B,). GRPO's centring (Shao et al. 2024).
 
-    Labels `group` (B,) are arbitrary; memory is B². Rows masked out, rows alone in their group, and equal rewards give exactly 0.
+    Labels `group` (B,) are arbitrary. Rows masked out, rows alone in their group, and equal rewards give exactly 0.
     """
     return _centred(reward, group, mask)[0]
 
@@ -46,8 +68,8 @@ def leave_one_out(reward: Array, group: Array, mask: Array) -> Array:
 def group_std(reward: Array, group: Array, mask: Array, *, unbiased: bool) -> Array:
     """Standard deviation of the rewards in each row's group, over m - 1 or over m. (B,) -> (B,). 0 where there is one row alone."""
     xp = namespace(reward, group, mask)
-    centred = group_center(reward, group, mask)
-    square, count = _others(centred * centred, group, mask)
+    centred, count = _centred(reward, group, mask)
+    square = _sums(centred * centred, mask, _segments(reward, group, mask))
     varies = mask & (square > 0)  # the root of 0 has no gradient
     std = xp.sqrt(xp.where(varies, square / xp.clip(count - 1 if unbiased else count, 1.0, None), xp.ones_like(square)))
     return xp.where(varies, std, xp.zeros_like(std))
@@ -60,8 +82,8 @@ def weighted_group_center(reward: Array, weight: Array, group: Array, mask: Arra
     """
     xp = namespace(reward, weight, group, mask)
     same_shape(reward=reward, weight=weight)
-    total, _ = _others(weight * reward, group, mask)
-    mass, _ = _others(weight, group, mask)
+    segments = _segments(reward, group, mask)
+    total, mass = _sums(weight * reward, mask, segments), _sums(weight, mask, segments)
     mean = total / xp.where(mass != 0, mass, xp.ones_like(mass))
     return xp.where(mask, reward - mean, xp.zeros_like(reward))
 
@@ -69,14 +91,11 @@ def weighted_group_center(reward: Array, weight: Array, group: Array, mask: Arra
 def group_soft_value(reward: Array, group: Array, mask: Array, temperature: float) -> Array:
     """τ·log(mean of exp(r/τ)) of the row's group, the value of the KL-regularised optimum. (B,) -> (B,). Rows masked out: 0."""
     xp = namespace(reward, group, mask)
-    same_shape(reward=reward, group=group, mask=mask)
-    mates = (group[:, None] == group[None, :]) & mask[None, :]
-    theirs = xp.where(mates, reward[None, :] / temperature, xp.full_like(reward, -xp.inf)[None, :])
-    high = xp.max(theirs, axis=-1)
-    high = xp.where(xp.isfinite(high), high, xp.zeros_like(high))  # the exponents stay finite
-    count = xp.sum(xp.astype(mates, reward.dtype), axis=-1)
-    mean = xp.sum(xp.exp(theirs - high[:, None]), axis=-1) / xp.clip(count, 1.0, None)
-    soft = temperature * (high + xp.log(xp.where(mask, mean, xp.ones_like(mean))))
+    segments = _segments(reward, group, mask)
+    high, count = _highest(reward, mask, segments), _counts(reward, mask, segments)
+    below = xp.where(mask, (reward - high) / temperature, xp.zeros_like(reward))  # at most 0: the exponents stay finite
+    mean = _sums(xp.exp(below), mask, segments) / xp.clip(count, 1.0, None)
+    soft = high + temperature * xp.log(xp.where(mask, mean, xp.ones_like(mean)))
     return xp.where(mask, soft, xp.zeros_like(soft))
 
 
