@@ -127,7 +127,7 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     data = transitions()
-    trainers = {method.__name__: OfflineTrainer(method(), data, OfflineSchedule()) for method in FAMILIES["offline"] if method.__name__ != "PRDC"}
+    trainers = {method.__name__: OfflineTrainer(method(), data, OfflineSchedule()) for method in FAMILIES["offline"]}
     sides: dict[str, Callable[[], object]] = {name: trainer.advance for name, trainer in trainers.items()}
     if importlib.util.find_spec("d3rlpy"):
         sides = {"d3rlpy's TD3+BC": peer(data)} | sides

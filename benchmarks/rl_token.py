@@ -56,10 +56,6 @@ class Even:
         """(n,)."""
         return (responses % 2 == 0).float().mean(dim=1)
 
-    def examples(self, count: int, rng: Generator) -> tuple[Tensor, Tensor]:
-        """Nothing is imitated here."""
-        raise NotImplementedError
-
 
 @dataclass(frozen=True)
 class Row:
@@ -241,9 +237,10 @@ def on_gpu(device: str = "cuda", prompts: int = 256, responses: int = 16, size: 
     schedule = Schedule(prompts=prompts, responses=responses, micro_prompts=prompts // 4)
     one = Trainer(GRPO(), Even(), schedule, model, end=END, pad=END)
     found = one.collect()
-    one.update(found)
+    batch = one.credited(found)
+    one.update(found, batch)
     sampling = statistics.median(seconds(one.collect, device) for _ in range(5))
-    training = statistics.median(seconds(lambda: one.update(found), device) for _ in range(5))
+    training = statistics.median(seconds(lambda: one.update(found, batch), device) for _ in range(5))
     large = torch.zeros(1 << 26, device=device)
     bandwidth = 2 * 4 * large.numel() / statistics.median(seconds(large.clone, device) for _ in range(10))
     weights, rate = parameters(model, multiplied=True), product_rate(device, size)

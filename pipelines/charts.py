@@ -150,10 +150,13 @@ def portfolio(shortlists: Sequence[Shortlist], knee: int) -> Spec:
     return _themed(alt.hconcat(*charts))
 
 
-def learning(rows: Sequence[Mapping[str, Any]], measures: Mapping[str, str]) -> Spec:
-    """A row per measure, over rollouts and over CPU seconds: a line per `method`, the mean over its seeds, and its seeds' range.
+COSTS: Mapping[str, str] = {"rollouts": "rollouts", "cpu_seconds": "CPU seconds"}
 
-    rows: `method`, `rollouts`, `cpu_seconds` and each measure with `_low` and `_high`; `measures`: titles by name.
+
+def learning(rows: Sequence[Mapping[str, Any]], measures: Mapping[str, str], costs: Mapping[str, str] = COSTS) -> Spec:
+    """A row per measure, over each cost: a line per `method`, one number of all its seeds, and a band.
+
+    rows: `method`, the costs and each measure with `_low` and `_high`; `measures`, `costs`: titles by name.
     """
     order = list(dict.fromkeys(str(row["method"]) for row in rows))
     legend = alt.Legend(orient="top", title=None, symbolOpacity=1, symbolType="stroke", symbolStrokeWidth=2)
@@ -162,7 +165,7 @@ def learning(rows: Sequence[Mapping[str, Any]], measures: Mapping[str, str]) -> 
     for measure, title in measures.items():
         some = [row for row in rows if row.get(measure) is not None]
         panels = []
-        for across, said in (("rollouts", "rollouts"), ("cpu_seconds", "CPU seconds")):
+        for across, said in costs.items():
             base = alt.Chart(alt.Data(values=some)).encode(
                 x=alt.X(f"{across}:Q", title=said, axis=alt.Axis(tickCount=5)), color=colour
             )

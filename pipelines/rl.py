@@ -1,10 +1,10 @@
-"""Methods of `rl_core` beside each other: one table, and one picture of learning."""
+"""Methods of `rl_core` beside each other: one table, and one picture of learning. Rollouts of kept policies."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,7 @@ from bandits.terminal import bad_input
 from pipelines.terminal import AsJsonObject, Seed, split
 
 if TYPE_CHECKING:
+    from pipelines.charts import Spec
     from rl_core.trainers.checkpoints import Rows
 
 MEASURES: Mapping[str, str] = {
@@ -31,40 +32,54 @@ WINDOW = 5
 
 
 def compare(
-    methods: Annotated[str, typer.Option("--methods", help="Comma-separated: methods, or settings with names such as DAPO.")],
+    methods: Annotated[str, typer.Option("--methods", help="Comma-separated: methods of one family, or settings such as DAPO.")],
     to: Annotated[Path, typer.Option("--to", help="Folder for compare.csv and compare.svg.")],
-    task: Annotated[str, typer.Option("--task", help="addition or fillers.")] = "addition",
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of every method.")] = 3,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps of a run.")] = 160,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", help="addition or fillers; of offline methods comma-separated sets of the pendulum, or files."),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of every method, on all data.")] = 3,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimiser steps of a run: 160; offline 6,000.")] = None,
     sync: Annotated[int, typer.Option("--sync-interval", min=1, help="Steps until the sampler is refreshed.")] = 1,
+    width: Annotated[int, typer.Option("--width", min=1, help="Offline: of two hidden layers.")] = 64,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Offline: rows of a step.")] = 128,
+    env: Annotated[str | None, typer.Option("--env", help="Offline: where policies from files are judged.")] = None,
+    references: Annotated[
+        str | None, typer.Option("--references", help="Offline: returns of score 0 and 100 there, LOW,HIGH.")
+    ] = None,
     folder: Annotated[Path, typer.Option("--folder", help="Where finished runs are kept, and read from.")] = Path(".verify/rl"),
     as_json: AsJsonObject = False,
 ) -> None:
-    """Train the small model by several methods, and draw how each learns against rollouts and CPU seconds."""
+    """Train by several methods of one family, and draw how each learns: against rollouts or steps, and against CPU seconds."""
     from rich.console import Console
     from rich.table import Table
 
     with bad_input("dev"):
         from ope.data import InputError
-        from pipelines.charts import drawn, learning
+        from pipelines.charts import drawn
         from rl_core.registry import named
-        from rl_core.trainers.token import Schedule
-        from rl_core.verify.arms import Arms
-        from rl_core.verify.token import TASKS, TokenArm
 
         names = list(dict.fromkeys(split(methods, keep_parentheses=True) or []))
-        if task not in TASKS or not names:
-            raise InputError(f"found --task {task!r}, --methods {methods!r}; expected {' or '.join(TASKS)}, and methods")
         asked = {name: named(name) for name in names}
         terminal = Console(stderr=True)
-        schedules = [Schedule(steps=steps, sync_interval=sync, seed=seed, eval_every=max(steps // 8, 1)) for seed in range(seeds)]
-        arms = [TokenArm(method, task, schedule) for method in asked.values() for schedule in schedules]
-        found = Arms(folder, lambda text: terminal.print(text, style="dim")).run(arms)
-        runs = {name: found[place * seeds : (place + 1) * seeds] for place, name in enumerate(asked)}
-        table = [ends(name, some) for name, some in runs.items()]
+
+        def tell(text: str) -> None:
+            terminal.print(text, style="dim")
+
+        if _family(asked) == "offline":
+            from pipelines.rl_control import PAIR, Asked, compared, referenced
+
+            data = split(PAIR if task is None else task) or []
+            wanted = Asked(asked, data, seeds, 6000 if steps is None else steps, width, batch, env, referenced(references))
+            table, spec = compared(wanted, folder, tell)
+        else:
+            if env is not None or references is not None:
+                raise InputError("found --env or --references and methods of the token family; expected neither: files have them")
+            table, spec = _tokens(
+                asked, "addition" if task is None else task, seeds, 160 if steps is None else steps, sync, folder, tell
+            )
         to.mkdir(parents=True, exist_ok=True)
-        points = [point for name, some in runs.items() for point in averaged(name, some)]
-        (to / "compare.svg").write_text(drawn({"learning": learning(points, MEASURES)})["learning"])
+        (to / "compare.svg").write_text(drawn({"learning": spec})["learning"])
         with (to / "compare.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(table[0]))
             writer.writeheader()
@@ -74,16 +89,50 @@ def compare(
         return
     shown = Table(*table[0], box=None, header_style="bold", pad_edge=False)
     for row in table:
-        shown.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+        shown.add_row(
+            *("" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values())
+        )
     Console(width=None if Console().is_terminal else 160).print(shown)
     typer.echo(f"wrote {to / 'compare.csv'} and {to / 'compare.svg'}")
+
+
+def _family(asked: Mapping[str, Any]) -> str:
+    """The one family of all methods, token or offline. Raises InputError."""
+    from ope.data import InputError
+    from rl_core.registry import family_of
+
+    found = {name: family_of(type(method)) for name, method in asked.items()}
+    kinds = set(found.values())
+    if len(kinds) != 1 or not kinds <= {"token", "offline"}:
+        said = ", ".join(f"{name} of the {family} family" for name, family in found.items()) or "none"
+        raise InputError(f"--methods: found {said}; expected methods of one family, token or offline")
+    return kinds.pop()
+
+
+def _tokens(
+    asked: Mapping[str, Any], task: str, seeds: int, steps: int, sync: int, folder: Path, tell: Callable[[str], object]
+) -> tuple[list[dict[str, Any]], Spec]:
+    """Where methods end that learn the small model, and the picture. Raises InputError for an unknown task."""
+    from ope.data import InputError
+    from pipelines.charts import learning
+    from rl_core.trainers.token import Schedule
+    from rl_core.verify.arms import Arms
+    from rl_core.verify.token import TASKS, TokenArm
+
+    if task not in TASKS:
+        raise InputError(f"--task: found {task!r}; expected {' or '.join(TASKS)}")
+    schedules = [Schedule(steps=steps, sync_interval=sync, seed=seed, eval_every=max(steps // 8, 1)) for seed in range(seeds)]
+    arms = [TokenArm(method, task, schedule) for method in asked.values() for schedule in schedules]
+    found = Arms(folder, tell).run(arms)
+    runs = {name: found[place * seeds : (place + 1) * seeds] for place, name in enumerate(asked)}
+    points = [point for name, some in runs.items() for point in averaged(name, some)]
+    return [ends(name, some) for name, some in runs.items()], learning(points, MEASURES)
 
 
 def rollouts(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `train --out` wrote.")],
     to: Annotated[Path, typer.Option("--to", help="Parquet file of the log; must be new.")],
     by: Annotated[int, typer.Option("--by", help="Step of the kept policy that samples.")] = 0,
-    task: Annotated[str, typer.Option("--task", help="addition or fillers.")] = "addition",
     prompts: Annotated[int, typer.Option("--prompts", min=2, help="How many prompts.")] = 400,
     responses: Annotated[int, typer.Option("--responses", min=1, help="Of each.")] = 8,
     seed: Seed = 0,
@@ -97,24 +146,25 @@ def rollouts(
         from pipelines.rollouts import BEHAVIOR, write_rollouts
         from rl_core.bridge import target_logps
         from rl_core.models.lm import LM
+        from rl_core.trainers.checkpoints import load_checkpoint
         from rl_core.trainers.token import kept, roll_out
-        from rl_core.verify.token import TASKS
+        from rl_core.verify.token import task_of
 
         policies = dict[int, LM]()
         for step, path in kept(folder).items():
             policies[step] = LM()
             policies[step].load_state_dict(torch.load(path, weights_only=True))
-        if by not in policies or task not in TASKS:
-            raise InputError(
-                f"found --by {by}, --task {task!r}; expected a step of {', '.join(map(str, policies))}, and {' or '.join(TASKS)}"
-            )
-        found = roll_out(policies[by], TASKS[task], prompts, responses, torch.Generator().manual_seed(seed))
+        if by not in policies:
+            raise InputError(f"--by: found {by}; expected a step of which the policy was kept: {', '.join(map(str, policies))}")
+        about = load_checkpoint(folder)["about"]
+        temperature = about["schedule"]["temperature"]
+        found = roll_out(policies[by], task_of(about), prompts, responses, torch.Generator().manual_seed(seed), temperature)
         length = found.mask.sum(dim=1).tolist()
 
         def lists(values: Any) -> list[list[float]]:
             return [row[:count] for row, count in zip(values.tolist(), length, strict=True)]
 
-        columns = {f"step_{step}": lists(target_logps(policy, found)) for step, policy in policies.items()}
+        columns = {f"step_{step}": lists(target_logps(policy, found, temperature)) for step, policy in policies.items()}
         tokens = found.tokens[:, found.prompt_tokens :]
         write_rollouts(to, {
             "group": found.group.tolist(), "policy": [f"step_{by}"] * len(found), "reward": found.reward.tolist(),

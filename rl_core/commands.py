@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 rl_app = typer.Typer(name="rl", help="Reinforcement learning on the estimators' own arithmetic.", no_args_is_help=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Name = Annotated[str, typer.Argument(metavar="METHOD", help="Name of a method, in any case.")]
+Name = Annotated[str, typer.Argument(metavar="METHOD", help="Name of a method, or of settings such as DAPO, in any case.")]
 Folder = Annotated[Path, typer.Option("--folder", help="Where finished runs are kept, and read from.")]
 
 FAILED = 1
@@ -51,17 +51,17 @@ def show(method: Name, json_: AsJson = False) -> None:
     """A method's equations, and where each default is from."""
     with bad_input("rl"):
         from rl_core.config import to_table
-        from rl_core.registry import find
+        from rl_core.registry import named
 
-        kind = find(method)
-        paper, table = kind.paper, to_table(kind())
+        made = named(method)
+        kind, paper, table = type(made), made.paper, to_table(made)
         if json_:
             told = {name: getattr(paper, name) for name in ("source", "title", "spec", "equations", "defaults", "differs")}
             typer.echo(json.dumps({"name": kind.__name__, **told, "settings": table}, indent=2))
             return
         typer.echo(f"{kind.__name__}: {paper.title} ({paper.source})\n")
         _table(("equation", "is"), [{"equation": name, "is": text} for name, text in paper.equations.items()])
-        rows = [{"field": name, "default": str(table[name]), "from": origin} for name, origin in paper.defaults.items()]
+        rows = [{"field": name, "default": _said(table[name]), "from": origin} for name, origin in paper.defaults.items()]
         _table(("field", "default", "from"), rows)
         if paper.differs:
             _table(("where sources differ", "what was taken"), [
@@ -87,17 +87,17 @@ def train(
 
     with bad_input("rl"):
         from ope.data import InputError
+        from rl_core.settings import asked
         from rl_core.trainers.token import Trainer, run
         from rl_core.verify.token import TASKS, start
 
         if task not in TASKS:
             raise InputError(f"--task: found {task!r}; expected {' or '.join(TASKS)}")
-        made, schedule = _asked(method, settings, {"steps": steps, "seed": seed})
+        made, schedule = asked(method, settings, {"steps": steps, "seed": seed})
         console = Console(stderr=True)
         with Progress(transient=True, console=console, disable=not console.is_terminal) as bar:
             shown = bar.add_task("imitation", total=schedule.steps)
             trainer = Trainer(made, TASKS[task], schedule, start(task, out))
-            bar.update(shown, description="pass@1 ?")
 
             def tell(metrics: dict[str, float]) -> None:
                 told = f"reward {metrics['reward']:.3f}"
@@ -115,27 +115,20 @@ def train(
 @rl_app.command("eval")
 def evaluate_checkpoint(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `train --out` wrote.")],
-    task: Annotated[str, typer.Option("--task", help="addition or fillers.")] = "addition",
-    prompts: Annotated[int, typer.Option("--prompts", help="How many fixed prompts.")] = 1024,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="How many fixed prompts.")] = 1024,
     json_: AsJson = False,
 ) -> None:
-    """pass@1 of a checkpoint, with its standard error."""
+    """pass@1 of a checkpoint on the task that it was trained for, with its standard error."""
     with bad_input("rl"):
-        import torch
-
-        from ope.data import InputError
         from rl_core.models.lm import LM
+        from rl_core.trainers.checkpoints import load_checkpoint
         from rl_core.trainers.token import evaluate
-        from rl_core.verify.token import TASKS
+        from rl_core.verify.token import task_of
 
-        path = folder / "checkpoint.pt"
-        if not path.exists():
-            raise InputError(f"{path}: found none; expected the checkpoint of a run: propel rl train METHOD --out {folder}")
-        if task not in TASKS:
-            raise InputError(f"--task: found {task!r}; expected {' or '.join(TASKS)}")
+        kept = load_checkpoint(folder)
         model = LM()
-        model.load_state_dict(torch.load(path, weights_only=True)["trainer"]["policy"])
-        value = evaluate(model, TASKS[task], prompts)
+        model.load_state_dict(kept["trainer"]["policy"])
+        value = evaluate(model, task_of(kept["about"]), prompts, kept["about"]["schedule"]["temperature"])
         error = (value * (1 - value) / prompts) ** 0.5
         if json_:
             typer.echo(json.dumps({"pass_at_1": value, "stderr": error, "prompts": prompts}))
@@ -162,7 +155,7 @@ def verify(
 
         name = find(method).__name__
         asked = experiment(name)
-        count = asked.seeds if seeds is None else seeds
+        count = asked.seeds if seeds is None or asked.seeds == 1 else seeds  # one: exact, there is nothing to draw
         terminal = Console(stderr=True)
         margins = asked.margins(Arms(folder, lambda text: terminal.print(text, style="dim")), range(count))
     passed = all(one.passed for one in margins)
@@ -185,25 +178,12 @@ def _told(margin: Margin) -> dict[str, Any]:
     return {name: getattr(margin, name) for name in ("name", "required", "measured", "passed")}
 
 
-def _asked(name: str, settings: Path | None, changes: Mapping[str, Any]) -> tuple[Any, Any]:
-    """A method and a schedule from a file of settings, and from what the command line says otherwise."""
-    import tomllib
-
-    from ope.data import InputError
-    from rl_core.config import from_table
-    from rl_core.registry import find
-    from rl_core.trainers.token import Schedule
-
-    tables: dict[str, Any] = {}
-    if settings is not None:
-        try:
-            tables = tomllib.loads(settings.read_text())
-        except (OSError, tomllib.TOMLDecodeError) as error:
-            raise InputError(f"{settings}: found {error}; expected a file of TOML") from None
-        if unknown := sorted(set(tables) - {"method", "schedule"}):
-            raise InputError(f"{settings}: found {', '.join(unknown)}; expected [method] and [schedule]")
-    schedule = tables.get("schedule", {}) | {field: value for field, value in changes.items() if value is not None}
-    return from_table(find(name), tables.get("method", {})), from_table(Schedule, schedule)
+def _said(value: Any) -> str:
+    """A field's value; a record as it is written."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    inner = ", ".join(f"{name}={_said(one)}" for name, one in value.items() if name != "kind")
+    return f"{value['kind']}({inner})"
 
 
 def _short(value: float | None) -> str:

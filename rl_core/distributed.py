@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -26,8 +27,8 @@ from torch.distributed.tensor import DTensor
 
 from bandits.terminal import bad_input
 from ope.data import InputError
-from rl_core.registry import find
-from rl_core.trainers.token import Ranks, Schedule, Trainer, imitate, run
+from rl_core.settings import asked
+from rl_core.trainers.token import Ranks, Trainer, imitate, run
 from rl_core.verify.token import TASKS
 
 
@@ -83,21 +84,24 @@ def share(total: int, ranks: Ranks) -> int:
 def main(
     method: Annotated[str, typer.Option("--method", help="Name of a method, in any case.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of metrics.jsonl and policy.pt, which rank 0 writes at the end.")],
+    settings: Annotated[Path | None, typer.Option("--settings", help="TOML, as `propel rl train` takes it.")] = None,
     task: Annotated[str, typer.Option("--task", help="addition or fillers.")] = "addition",
-    steps: Annotated[int, typer.Option("--steps", help="Optimiser steps.")] = 160,
-    prompts: Annotated[int, typer.Option("--prompts", help="Of a step, dealt to the ranks.")] = 32,
-    responses: Annotated[int, typer.Option("--responses", help="To each prompt.")] = 8,
+    steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps.")] = None,
+    prompts: Annotated[int | None, typer.Option("--prompts", help="Of a step, dealt to the ranks.")] = None,
+    responses: Annotated[int | None, typer.Option("--responses", help="To each prompt.")] = None,
     micro_prompts: Annotated[int | None, typer.Option("--micro-prompts", help="That meet the model at once; else all.")] = None,
     imitation: Annotated[int, typer.Option("--imitation", help="Steps on examples before the first reward.")] = 500,
-    seed: Annotated[int, typer.Option("--seed", help="Of the start, the prompts and the sampler.")] = 0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the start, the prompts and the sampler.")] = None,
 ) -> None:
-    """Train the small model on all ranks that torchrun started."""
+    """Train the small model on all ranks that torchrun started. Options go before what a file of settings says."""
     with bad_input("rl"), connected() as (ranks, device):
         if task not in TASKS:
             raise InputError(f"--task: found {task!r}; expected {' or '.join(TASKS)}")
-        schedule = Schedule(steps, share(prompts, ranks), responses, micro_prompts=micro_prompts, seed=seed)
-        start, _ = imitate(TASKS[task], seed=seed, steps=imitation)
-        train(Trainer(find(method)(), TASKS[task], schedule, start.to(device), ranks=ranks), out)
+        said = {"steps": steps, "prompts": prompts, "responses": responses, "micro_prompts": micro_prompts, "seed": seed}
+        made, schedule = asked(method, settings, said)
+        schedule = replace(schedule, prompts=share(schedule.prompts, ranks))
+        start, _ = imitate(TASKS[task], seed=schedule.seed, steps=imitation)
+        train(Trainer(made, TASKS[task], schedule, start.to(device), ranks=ranks), out)
 
 
 def train(trainer: Trainer, out: Path) -> None:

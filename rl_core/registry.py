@@ -7,23 +7,33 @@ from typing import Any
 
 from ope.data import InputError
 from rl_core.families.offline import OfflineMethod
+from rl_core.families.online import OnlineMethod
 from rl_core.families.token import TokenMethod
 from rl_core.methods.asymre import AsymRE
+from rl_core.methods.awac import AWAC
 from rl_core.methods.bapo import BAPO, RECOMMENDED
+from rl_core.methods.bc import BC
+from rl_core.methods.cql import CQL
 from rl_core.methods.grpo import GRPO, KIN
+from rl_core.methods.iql import IQL
+from rl_core.methods.mdpo import MDPO, OffPolicyMDPO
 from rl_core.methods.opmd import OPMD, PairwiseOPMD, TrinityOPMD
 from rl_core.methods.ppo import PPO
+from rl_core.methods.ppo_control import ControlPPO
 from rl_core.methods.prdc import PRDC
 from rl_core.methods.rec import REC, VARIANTS
 from rl_core.methods.reinforce import REINFORCE
+from rl_core.methods.sac import SAC
 from rl_core.methods.td3 import TD3
 from rl_core.methods.td3_bc import TD3BC
+from rl_core.methods.trpo import TRPO
 
-Method = TokenMethod | OfflineMethod
+Method = TokenMethod | OfflineMethod | OnlineMethod
 
 FAMILIES: Mapping[str, tuple[type[Any], ...]] = {
     "token": (REINFORCE, PPO, GRPO, REC, OPMD, TrinityOPMD, PairwiseOPMD, AsymRE, BAPO),
-    "offline": (TD3, TD3BC, PRDC),
+    "offline": (BC, TD3, TD3BC, IQL, AWAC, CQL, PRDC),
+    "online": (ControlPPO, TRPO, MDPO, SAC, OffPolicyMDPO),
 }
 METHODS: tuple[type[Any], ...] = tuple(method for methods in FAMILIES.values() for method in methods)
 
@@ -43,8 +53,12 @@ def family_of(method: type[Any]) -> str:
     return next(family for family, methods in FAMILIES.items() if method in methods)
 
 
-SETTINGS: Mapping[str, Method] = {**KIN, **VARIANTS, "BAPO-gradient": RECOMMENDED}
-"""Settings that papers and libraries have names for."""
+_NAMED: Mapping[str, Method] = {**KIN, **VARIANTS, "BAPO-gradient": RECOMMENDED}
+
+SETTINGS: Mapping[str, Method] = {
+    name: made for name, made in _NAMED.items() if name not in {method.__name__ for method in METHODS}
+}
+"""Settings that papers and libraries have names for, where no method has that name itself."""
 
 
 def named(name: str) -> Any:

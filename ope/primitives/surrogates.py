@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ope.primitives._xp import Array, namespace, same_shape
+from ope.primitives._xp import Array, as_float32, namespace, same_shape
 from ope.primitives.weights import clip
 
 
@@ -35,10 +35,12 @@ def mirror_step(policy: Array, advantage: Array, step: float) -> Array:
     """
     xp = namespace(policy, advantage)
     same_shape(policy=policy, advantage=advantage)
-    possible, exponent = policy > 0, step * advantage
+    policy, exponent = as_float32(policy), step * as_float32(advantage)
+    possible = policy > 0
     highest = xp.max(xp.where(possible, exponent, -xp.inf * xp.ones_like(exponent)), axis=-1, keepdims=True)
     risen = policy * xp.exp(xp.where(possible, exponent - highest, xp.zeros_like(exponent)))  # bounded before exp can overflow
-    return risen / xp.sum(risen, axis=-1, keepdims=True)
+    total = xp.sum(risen, axis=-1, keepdims=True)
+    return risen / xp.where(total > 0, total, xp.ones_like(total))
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class Stage:
     copied_every: int | None = None
     """Steps between two moments at which those copies become their networks; None: they move by the method's tau."""
     cosine: bool = False
-    """Learning rates fall to 0 by the end of the schedule, as a quarter of a cosine."""
+    """Learning rates fall to 0 by the end of the schedule, as half a cosine."""
 
 
 class OfflineMethod(Protocol):

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ope.primitives._xp import Array, namespace
 from rl_core.loss import Loss, total
@@ -115,25 +116,31 @@ class WithCritic(Protocol):
 
 
 def credited(method: TokenMethod, batch: TokenBatch) -> TokenBatch:
-    """The batch with the method's advantages. Raises ValueError where shapes do not fit."""
+    """The batch with the method's advantages. Raises ValueError where shapes do not fit, or a reward is not a finite number."""
     batch = checked(batch)
     return replace(batch, advantage=method.credit(batch))
 
 
 def checked(batch: TokenBatch) -> TokenBatch:
-    """The batch, zeros where its mask is False. Raises ValueError, naming the field, where shapes do not fit."""
+    """The batch, zeros where its mask is False. Raises ValueError, naming the field, for a shape that does not fit, or a NaN."""
     rows, tokens = batch.mask.shape
-    expected: Mapping[str, tuple[int, ...]] = {"reward": (rows,), "group": (rows,)}
-    changes = {}
+    expected: Mapping[str, tuple[tuple[int, ...], ...]] = {
+        "reward": ((rows,),), "group": ((rows,),), "advantage": ((rows,), (rows, tokens)),
+    }  # fmt: skip
+    changes, xp = {}, namespace(batch.mask)
     for one in fields(batch):
         value = getattr(batch, one.name)
-        if value is None or one.name in ("mask", "advantage"):
+        if value is None or one.name == "mask":
             continue
-        shape = expected.get(one.name, (rows, tokens))
-        if tuple(value.shape) != shape:
-            raise ValueError(f"{one.name}: found shape {tuple(value.shape)}; expected {shape}, as the mask says")
-        if len(shape) > 1:
-            changes[one.name] = counted(value, batch.mask)
+        shapes = expected.get(one.name, ((rows, tokens),))
+        if tuple(value.shape) not in shapes:
+            raise ValueError(
+                f"{one.name}: found shape {tuple(value.shape)}; expected {' or '.join(map(str, shapes))}, as the mask says"
+            )
+        if len(value.shape) > 1:
+            changes[one.name] = value = counted(value, batch.mask)
+        if one.name != "group" and not xp.all(xp.isfinite(value)):
+            raise ValueError(f"{one.name}: found NaN or an infinity where the mask counts; expected finite numbers")
     return replace(batch, **changes)
 
 
@@ -175,10 +182,14 @@ def loss_and_gradient(method: TokenMethod, batch: TokenBatch, logp: NDArray[Any]
     >>> gradient.round(4).tolist()
     [[-0.1768, -0.1768], [0.1768, 0.1768]]
     """
-    tensors = replace(batch, **{one.name: _tensor(getattr(batch, one.name)) for one in fields(batch)})
+    floats = {one.name: _tensor(getattr(batch, one.name)) for one in fields(batch) if one.name not in ("mask", "group")}
+    labels = np.unique(np.asarray(batch.group), return_inverse=True)[1].reshape(np.shape(batch.group))
+    tensors = replace(batch, mask=_mask(batch.mask), group=torch.from_numpy(labels), **floats)
     current = _tensor(logp).requires_grad_()
     if tuple(current.shape) != tuple(tensors.mask.shape):
         raise ValueError(f"logp: found shape {tuple(current.shape)}; expected {tuple(tensors.mask.shape)}, as the mask says")
+    if not bool(counted(current.detach(), tensors.mask).isfinite().all()):
+        raise ValueError("logp: found NaN or an infinity where the mask counts; expected finite numbers")
     whole = checked(tensors) if tensors.advantage is not None else credited(method, tensors)
     with torch.no_grad():
         stats = statistics(method, [(whole, current)])
@@ -191,5 +202,12 @@ def loss_and_gradient(method: TokenMethod, batch: TokenBatch, logp: NDArray[Any]
 def _tensor(values: Any) -> Any:
     if values is None:
         return None
+    return torch.from_numpy(np.array(values, dtype=np.float64))
+
+
+def _mask(values: Any) -> Tensor:
+    """Booleans, or numbers that are 0 or 1. Raises ValueError for others."""
     array = np.asarray(values)
-    return torch.from_numpy(array.astype(np.float64) if array.dtype.kind == "f" else array.copy())
+    if array.ndim != 2 or not np.isin(array, (0, 1)).all():
+        raise ValueError(f"mask: found {array.dtype} of shape {array.shape}; expected booleans of shape (B, T)")
+    return torch.from_numpy(array.astype(np.bool_))

@@ -54,9 +54,9 @@ class BAPO:
         defaults={
             "target": "paper's main runs: 0.4; its 3B run 0.45; the code's yaml: P/N of 1, its script 0.5",
             "low_start": "paper: 0.6",
-            "low_limit": "paper: 0.9",
+            "low_limit": "paper: 0.9; the code's yaml 0.8, its script 0.95",
             "high_start": "paper: 1.2",
-            "high_limit": "paper: 3.0",
+            "high_limit": "paper: 3.0; the code's yaml 2.0",
             "step_low": "paper: 0.02; code: 0.05",
             "step_high": "paper: 0.05; the code's script 0.1",
             "measure": "paper: share; code: the ratio P/N",
@@ -113,10 +113,14 @@ class BAPO:
             value = clipped(rho, advantage, found.low, found.high)
         else:
             value = dual_clipped(rho, advantage, found.low, found.high, self.dual_clip)
-        one = namespace(logp).ones_like(stop_gradient(logp[0, 0]))
-        told = {"ratio_low": found.low, "ratio_high": found.high, "share": found.share, "search_steps": float(found.steps)}
+        one = namespace(logp).ones_like(stats["positive"][0])
+        begun = self._measured(float(stats["positive"][0]), float(stats["negative"][0]))
+        told = {
+            "ratio_low": found.low, "ratio_high": found.high, "share_before": begun, "share": found.share,
+            "search_steps": float(found.steps), "hit_limit": float(found.hit_limit),
+        }  # fmt: skip
         metrics = {name: Terms(number * one, one) for name, number in told.items()}
-        shares = clip_shares(rho, advantage, batch.mask, found.low, found.high)
+        shares = clip_shares(rho, advantage, batch.mask, found.low, found.high, self.dual_clip)
         return Loss((self.aggregation.terms(value, batch.mask),), (1.0,), metrics | dict(shares))
 
     @property

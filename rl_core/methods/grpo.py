@@ -14,35 +14,13 @@ from ope.primitives._xp import Array, namespace, stop_gradient
 from ope.primitives.baselines import group_center, group_std, leave_one_out
 from ope.primitives.surrogates import clipped, dual_clipped
 from ope.primitives.terms import Terms
-from ope.primitives.weights import clip, log_ratio, mask_outside, ratio, sequence_ratio
+from ope.primitives.weights import clip, log_ratio, ratio, sequence_ratio
 from rl_core.aggregation import Aggregation, SequenceMean, SequenceSum, SequenceSumNorm, TokenMean
+from rl_core.corrections import Level, MaskOutside, Truncate
 from rl_core.families.token import Statistics, TokenBatch
 from rl_core.loss import Loss
 from rl_core.paper import Paper
 from rl_core.penalties import Penalty
-
-
-@dataclass(frozen=True)
-class Truncate:
-    """Rollout correction min(w, bound) with w = π_old/μ: the engine's mismatch, and staleness (TIS)."""
-
-    bound: float = 2.0
-
-    def weight(self, w: Array) -> Array:
-        """Any shape."""
-        return clip(w, 0.0, self.bound)
-
-
-@dataclass(frozen=True)
-class MaskOutside:
-    """Rollout correction w inside [low, high], else 0 (IcePop)."""
-
-    low: float = 0.5
-    high: float = 5.0
-
-    def weight(self, w: Array) -> Array:
-        """Any shape."""
-        return mask_outside(w, self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -68,7 +46,7 @@ class GRPO:
             "unbiased": "TRL, verl and Trinity-GRPO divide by K - 1; Trinity-REC by K",
             "eps_std": "verl and Trinity 1e-6; TRL 1e-4",
             "mask_stale": "off; DeepSeek-V3.2's mask has 0.5 in TRL, 0.1 in Trinity",
-            "correction": "off; verl truncates at 2.0, TRL masks at 3.0",
+            "correction": "off; verl truncates whole sequences at 2.0, TRL masks them at 3.0",
             "kl": "TRL: none; the paper has k3 with 0.04, Trinity k2 with 0.001",
             "aggregation": "verl and Trinity token-mean; the paper and TRL's grpo seq-mean-token-mean",
         },
@@ -79,7 +57,7 @@ class GRPO:
     dual_clip: float | None = None
     objective: Literal["clipped", "truncated"] = "clipped"
     """"truncated": CISPO's sg(min(ρ, 1 + eps_high))·A·logp."""
-    level: Literal["token", "sequence"] = "token"
+    level: Level = "token"
     """"sequence": GSPO's geometric mean of the sequence's ratios."""
     baseline: Literal["group", "leave_one_out"] = "group"
     scale: Literal["group", "batch", "none"] = "group"
@@ -115,13 +93,17 @@ class GRPO:
         if self.kl is not None:
             terms.append(self.aggregation.terms(self.kl.value(logp, batch.anchor(), batch.logp_behavior), batch.mask))
             weights.append(-self.kl.coef)
-        return Loss(tuple(terms), tuple(weights), clip_shares(rho, advantage, batch.mask, low, high))
+        if self.objective == "truncated":  # its bound cuts no gradient
+            metrics = cut_shares(namespace(rho).zeros_like(batch.mask), advantage, batch.mask, stop_gradient(rho))
+        else:
+            metrics = clip_shares(rho, advantage, batch.mask, low, high, self.dual_clip)
+        return Loss(tuple(terms), tuple(weights), metrics)
 
     def _corrected(self, batch: TokenBatch, logp: Array, value: Array) -> Array:
         """Values weighted for a sampler that was not the trust region's centre, and without stale failures."""
         xp = namespace(value)
         if self.correction is not None:
-            value = self.correction.weight(ratio(batch.proximal, batch.logp_behavior)) * value
+            value = self.correction.weight(batch) * value
         if self.mask_stale is not None:
             drift = sequence_ratio(stop_gradient(log_ratio(batch.logp_behavior, logp)), batch.mask, length_normalized=True)
             stale = (xp.log(drift) > self.mask_stale)[:, None] & (batch.token_advantage < 0)
@@ -150,7 +132,7 @@ def group_advantage(
     return xp.where(varies, centred / xp.where(varies, spread, xp.ones_like(spread)), xp.zeros_like(centred))
 
 
-def ratios(batch: TokenBatch, logp: Array, level: Literal["token", "sequence"]) -> Array:
+def ratios(batch: TokenBatch, logp: Array, level: Level) -> Array:
     """(B, T) ratios to the trust region's centre; at level "sequence" the geometric mean, whose gradient is each token's own."""
     if level == "token":
         return ratio(logp, batch.proximal)
@@ -158,12 +140,20 @@ def ratios(batch: TokenBatch, logp: Array, level: Literal["token", "sequence"]) 
     return own[:, None] * namespace(logp).exp(logp - stop_gradient(logp))
 
 
-def clip_shares(rho: Array, advantage: Array, mask: Array, low: float, high: float) -> Mapping[str, Terms]:
-    """Shares of tokens beyond the bound that stops them, by the sign of the advantage."""
-    count = TokenMean().terms
-    xp, rho = namespace(rho), stop_gradient(rho)
-    up, down = (advantage > 0) & (rho > high), (advantage < 0) & (rho < low)
-    return {name: count(xp.astype(which, rho.dtype), mask) for name, which in (("clipped_up", up), ("clipped_down", down))}
+def clip_shares(
+    rho: Array, advantage: Array, mask: Array, low: float, high: float, dual_clip: float | None = None
+) -> Mapping[str, Terms]:
+    """Shares of tokens whose gradient a clip cuts: beyond the bound that stops them, or for a failure beyond the dual clip."""
+    rho = stop_gradient(rho)
+    cut = ((advantage > 0) & (rho > high)) | ((advantage < 0) & (rho < low))
+    return cut_shares(cut if dual_clip is None else cut | ((advantage < 0) & (rho > dual_clip)), advantage, mask, rho)
+
+
+def cut_shares(cut: Array, advantage: Array, mask: Array, like: Array) -> Mapping[str, Terms]:
+    """Shares of tokens whose gradient is cut, by the sign of the advantage; where it is 0 there is none to cut."""
+    xp, count = namespace(like), TokenMean().terms
+    signs = {"clipped_up": advantage > 0, "clipped_down": advantage < 0}
+    return {name: count(xp.astype(cut & sign, like.dtype), mask) for name, sign in signs.items()}
 
 
 KIN: Mapping[str, GRPO] = {

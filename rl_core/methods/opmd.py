@@ -14,7 +14,7 @@ from ope.primitives.baselines import group_center, group_soft_value
 from ope.primitives.divergences import k2
 from ope.primitives.reduce import masked_sum
 from ope.primitives.terms import Terms
-from rl_core.aggregation import Aggregation, TokenMean
+from rl_core.aggregation import Aggregation, SequenceSum, TokenMean
 from rl_core.families.token import Statistics, TokenBatch
 from rl_core.loss import Loss
 from rl_core.paper import Paper
@@ -35,7 +35,7 @@ class OPMD:
             "coef": "README: 0.1, which has taken in the 1/2 of the paper's τ/2",
             "level": "code: token; the paper's response-level form squares the sum",
             "soft_baseline": "code: off; only with τ·log of the mean of exp(r/τ) is the fixed point that of any sampler",
-            "aggregation": "code: token-mean",
+            "aggregation": "code: token-mean; of level token alone, a response's score being its sum at level sequence",
         },
         differs={"level": "paper: the squared sum of log-ratios; code: the sum of squares, which was taken"},
     )
@@ -50,9 +50,10 @@ class OPMD:
 
     def loss(self, batch: TokenBatch, logp: Array, stats: Statistics) -> Loss:
         """The score, and the distance to the sampler as a term of its own."""
-        score = self.aggregation.terms(batch.token_advantage * logp, batch.mask)
+        aggregation = self.aggregation if self.level == "token" else SequenceSum()
+        score = aggregation.terms(batch.token_advantage * logp, batch.mask)
         if self.level == "token":
-            away = self.aggregation.terms(k2(logp, batch.logp_behavior), batch.mask)
+            away = aggregation.terms(k2(logp, batch.logp_behavior), batch.mask)
         else:
             whole = masked_sum(logp - batch.logp_behavior, batch.mask, axis=-1)
             away = _over_responses(whole**2 / 2, batch.mask)
@@ -98,7 +99,7 @@ class PairwiseOPMD:
         source=_ARXIV,
         title=_TITLE,
         spec="group_relative_reinforce",
-        equations={"loss": "population variance over the group of r - τ·log(π/π_t), the mean over groups"},
+        equations={"loss": "population variance over the group of r - τ·log(π/π_t), the mean over responses"},
         defaults={"temperature": "the paper's derivation: a step size only while each step has its own anchor"},
     )
     temperature: float = 1.0

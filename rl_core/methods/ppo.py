@@ -11,11 +11,11 @@ from typing import ClassVar
 
 from ope.primitives._xp import Array, namespace
 from ope.primitives.reduce import divide
-from ope.primitives.returns import gae
+from ope.primitives.returns import reverse_sum, temporal_difference
 from ope.primitives.surrogates import clipped, dual_clipped
 from ope.primitives.weights import ratio
 from rl_core.aggregation import Aggregation, TokenMean
-from rl_core.families.token import Statistics, TokenBatch
+from rl_core.families.token import Statistics, TokenBatch, counted
 from rl_core.loss import Loss
 from rl_core.methods.grpo import clip_shares
 from rl_core.paper import Paper
@@ -70,7 +70,9 @@ class PPO:
             value = clipped(rho, advantage, low, high)
         else:
             value = dual_clipped(rho, advantage, low, high, self.dual_clip)
-        return Loss((self.aggregation.terms(value, batch.mask),), (1.0,), clip_shares(rho, advantage, batch.mask, low, high))
+        return Loss(
+            (self.aggregation.terms(value, batch.mask),), (1.0,), clip_shares(rho, advantage, batch.mask, low, high, self.dual_clip)
+        )
 
     def critic(self, batch: TokenBatch, value: Array) -> Loss:
         """The critic's term, to be maximised too. value (B, T): of the critic that is being learned."""
@@ -84,14 +86,17 @@ class PPO:
     def _advantage(self, batch: TokenBatch) -> Array:
         """(B, T) before whitening. The reward is that of the last counted token, where the response ends."""
         xp = namespace(batch.mask)
-        value = self._values(batch)
-        counted = xp.astype(batch.mask, value.dtype)
-        last = batch.mask & (xp.cumulative_sum(counted, axis=-1) == xp.sum(counted, axis=-1)[:, None])
-        reward = xp.where(last, batch.reward[:, None], xp.zeros_like(value))
-        following = xp.concat((value[:, 1:], xp.zeros_like(value[:, :1])), axis=-1)
-        return gae(reward, value, following, last, xp.zeros_like(last), self.discount, self.lambda_)
+        value, zero = self._values(batch), xp.zeros_like(self._values(batch))
+        count = xp.astype(batch.mask, value.dtype)
+        last = batch.mask & (xp.cumulative_sum(count, axis=-1) == xp.sum(count, axis=-1)[:, None])
+        onwards = reverse_sum(value, 1 - count)  # what tools said between two tokens is no step: the next token's value counts
+        following = xp.concat((onwards[:, 1:], zero[:, :1]), axis=-1)
+        reward = xp.where(last, batch.reward[:, None], zero)
+        delta = temporal_difference(reward, value, following, last, self.discount)
+        trace = xp.where(batch.mask, self.discount * self.lambda_ * (1 - xp.astype(last, value.dtype)), xp.ones_like(value))
+        return xp.where(batch.mask, reverse_sum(counted(delta, batch.mask), trace), zero)
 
     def _values(self, batch: TokenBatch) -> Array:
         if batch.value is None:
             raise ValueError("found a batch without values; expected those of a critic, which PPO's advantages need")
-        return batch.value
+        return counted(batch.value, batch.mask)

@@ -15,10 +15,12 @@ from typing import ClassVar, Literal
 from ope.primitives._xp import Array, namespace, stop_gradient
 from ope.primitives.baselines import group_center, group_std
 from ope.primitives.surrogates import Gate, OneSided, Ring, TwoSided
+from ope.primitives.terms import Terms
 from ope.primitives.weights import exp_advantage, log_ratio, ratio, sequence_ratio
 from rl_core.aggregation import Aggregation, SequenceMean, TokenMean
 from rl_core.families.token import Statistics, TokenBatch
 from rl_core.loss import Loss
+from rl_core.methods.grpo import cut_shares
 from rl_core.paper import Paper
 from rl_core.penalties import K2, ForwardKL
 
@@ -27,8 +29,8 @@ from rl_core.penalties import K2, ForwardKL
 class Drop:
     """RED-Drop: where a group has more failures than successes, as many of them are left out as are too many."""
 
-    def credit(self, reward: Array, group: Array, rows: Array) -> Array:
-        """Advantages (B,) among those that stay, 0 for the others. The failures that stay are the first of each group."""
+    def kept(self, reward: Array, group: Array, rows: Array) -> Array:
+        """(B,) True for those that stay. The failures that stay are the first of each group."""
         xp = namespace(reward, group, rows)
         centred = group_center(reward, group, rows)
         good, bad = rows & (centred >= 0), rows & (centred < 0)
@@ -36,7 +38,11 @@ class Drop:
         order = xp.arange(reward.shape[0])
         place = xp.sum(xp.astype(mates & bad[None, :] & (order[None, :] < order[:, None]), reward.dtype), axis=-1)
         room = xp.sum(xp.astype(mates & good[None, :], reward.dtype), axis=-1)
-        return group_center(reward, group, good | (bad & (place < room)))
+        return good | (bad & (place < room))
+
+    def weight(self, advantage: Array) -> Array:
+        """All that stay weigh the same. (B,)."""
+        return namespace(advantage).ones_like(advantage)
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,13 @@ class Weight:
 
     temperature: float = 1.0
 
-    def credit(self, reward: Array, group: Array, rows: Array) -> Array:
-        """Weighted advantages (B,)."""
-        centred = group_center(reward, group, rows)
-        return centred * exp_advantage(centred, self.temperature)
+    def kept(self, reward: Array, group: Array, rows: Array) -> Array:
+        """(B,) all."""
+        return rows
+
+    def weight(self, advantage: Array) -> Array:
+        """exp(A/temperature). (B,)."""
+        return exp_advantage(advantage, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -92,24 +101,24 @@ class REC:
         xp = namespace(batch.reward, batch.mask)
         rows = xp.any(batch.mask, axis=-1)
         if self.data is not None:
-            advantage = self.data.credit(batch.reward, batch.group, rows)
-        else:
-            advantage = group_center(batch.reward, batch.group, rows)
+            rows = self.data.kept(batch.reward, batch.group, rows)
+        advantage = group_center(batch.reward, batch.group, rows)
+        weight = xp.ones_like(advantage) if self.data is None else self.data.weight(advantage)
         if self.std_normalize:
             advantage = advantage / (group_std(batch.reward, batch.group, rows, unbiased=False) + 1e-6)
-        return advantage
+        return weight * advantage
 
     def loss(self, batch: TokenBatch, logp: Array, stats: Statistics) -> Loss:
         """The gated score, and the regulariser as a term of its own."""
         xp = namespace(logp)
         advantage, rho = batch.token_advantage, stop_gradient(ratio(logp, batch.logp_behavior))
-        value, metrics = advantage * logp, {}
+        value, metrics = advantage * logp, dict[str, Terms]()
         if self.weighted:
             value = rho * value
         if self.gate is not None:
             keep = self.gate.keep(self._gated(batch, logp, rho), advantage)
             value = xp.where(keep, value, xp.zeros_like(value))
-            metrics["gated"] = TokenMean().terms(xp.astype(~keep, logp.dtype), batch.mask)
+            metrics = dict(cut_shares(~keep, advantage, batch.mask, logp))
         terms, weights = [self.aggregation.terms(value, batch.mask)], [1.0]
         if self.regularizer is not None:
             away = self.regularizer.value(logp, batch.logp_behavior, batch.logp_behavior)

@@ -4,28 +4,61 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ope.data import InputError
+from rl_core.config import to_table
 
 Rows = list[dict[str, float]]
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 
 
-def read_checkpoint(folder: Path | None) -> tuple[dict[str, Any] | None, Rows]:
-    """A trainer's state and its rows so far; none where the folder has no checkpoint."""
+def identity(method: Any, schedule: Any, **others: Any) -> dict[str, Any]:
+    """What a run is, whatever its length: method, schedule but for the steps, and whatever else it is told of."""
+    rest = {name: value for name, value in asdict(schedule).items() if name != "steps"}
+    return {"method": {"name": type(method).__name__} | to_table(method), "schedule": rest} | others
+
+
+def read_checkpoint(folder: Path | None, about: Mapping[str, Any], steps: int) -> tuple[dict[str, Any] | None, Rows]:
+    """A trainer's state and its rows so far; none where the folder has no checkpoint.
+
+    Raises InputError where the folder is of another run, naming what differs, or of one that has gone further than `steps`.
+    """
     if folder is None or not (folder / CHECKPOINT).exists():
         return None, []
-    kept = torch.load(folder / CHECKPOINT, weights_only=True)
+    kept = load_checkpoint(folder)
+    if differs := sorted(_differences(kept["about"], about)):
+        raise InputError(f"{folder}: found a run of another {', '.join(differs)}; expected the same to go on, or a new folder")
+    if kept["trainer"]["step"] > steps:
+        raise InputError(f"{folder}: found a run of {kept['trainer']['step']} steps; expected at least as many, not {steps}")
+    _write_metrics(folder, kept["rows"])  # rows of steps after it will come again
     return kept["trainer"], kept["rows"]
 
 
-def write_checkpoint(folder: Path, state: Mapping[str, Any], rows: Sequence[dict[str, float]]) -> None:
-    """State and rows; the metrics after them, which can be made again."""
-    save(folder / CHECKPOINT, {"trainer": state, "rows": list(rows)})
-    (folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+def load_checkpoint(folder: Path) -> dict[str, Any]:
+    """All of it: `trainer`, `rows`, `about`. Raises InputError where there is none."""
+    if not (folder / CHECKPOINT).exists():
+        raise InputError(f"{folder / CHECKPOINT}: found none; expected that of a run: propel rl train METHOD --out {folder}")
+    kept: dict[str, Any] = torch.load(folder / CHECKPOINT, weights_only=True)
+    return kept
+
+
+def write_checkpoint(folder: Path, state: Mapping[str, Any], rows: Sequence[dict[str, float]], about: Mapping[str, Any]) -> None:
+    """State, rows and what run it is."""
+    save(folder / CHECKPOINT, {"trainer": state, "rows": list(rows), "about": dict(about)})
+
+
+def append_metrics(folder: Path | None, row: Mapping[str, float]) -> None:
+    """A line, at once: somebody may be watching."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / METRICS).open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def save(path: Path, content: Any) -> None:
@@ -34,3 +67,21 @@ def save(path: Path, content: Any) -> None:
     part = path.with_suffix(".part")
     torch.save(content, part)
     part.replace(path)
+
+
+def _write_metrics(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    part = (folder / METRICS).with_suffix(".part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part.replace(folder / METRICS)
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any], where: str = "") -> set[str]:
+    """Dotted names of what is not the same."""
+    found = set()
+    for name in one.keys() | other.keys():
+        a, b = one.get(name), other.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found |= _differences(a, b, f"{where}{name}.")
+        elif a != b:
+            found.add(f"{where}{name}")
+    return found

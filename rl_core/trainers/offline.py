@@ -25,7 +25,7 @@ from rl_core.families.offline import Draw, Drawn, Learner, OfflineMethod, Stage,
 from rl_core.loss import total
 from rl_core.models.mlp import Sizes
 from rl_core.scaling import Scaling
-from rl_core.trainers.checkpoints import Rows, read_checkpoint, write_checkpoint
+from rl_core.trainers.checkpoints import Rows, append_metrics, identity, read_checkpoint, write_checkpoint
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class OfflineTrainer:
         self.step += 1
         for stage in self.stages:
             if self.step % stage.stage.every == 0:
-                stage.run(self.learner, batch, self.draw, self.step / self.schedule.steps)
+                stage.run(self.learner, batch, self.draw, (self.step - 1) / self.schedule.steps)
                 stage.follow(self.step)
 
     def metrics(self) -> dict[str, float]:
@@ -117,10 +117,10 @@ class OfflineTrainer:
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on, but for the data."""
-        return {
+        return copy.deepcopy({
             "nets": self.nets.state_dict(), "lagged": self.lagged.state_dict(), "rng": self.rng.get_state(),
             "stages": [stage.state() for stage in self.stages], "step": self.step, "cpu_seconds": self.cpu_seconds,
-        }  # fmt: skip
+        })  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, with the same data."""
@@ -146,7 +146,7 @@ class _Running:
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
 
     def run(self, learner: Learner, batch: Transitions, draw: Draw, done: float) -> None:
-        """`done`: share of the schedule that this step completes."""
+        """`done`: share of the schedule before this step."""
         loss = self.stage.loss(learner, batch, draw)
         gradients = torch.autograd.grad(-total(loss), self.weights)
         for weight, gradient in zip(self.weights, gradients, strict=True):
@@ -231,21 +231,24 @@ def run(
     evaluate: Callable[[Act], Mapping[str, float]],
     folder: Path | None = None,
     progress: Callable[[dict[str, float]], object] = lambda metrics: None,
+    about: Mapping[str, Any] | None = None,
 ) -> Rows:
     """A trainer's steps to the end of its schedule, from where its folder says it was; a row at every evaluation of its policy.
 
-    A run that was killed goes on at its last evaluation, to the bit.
+    A run that was killed goes on at its last evaluation, to the bit. `about`: what else the run is of, such as its data.
     """
     schedule = trainer.schedule
-    state, rows = read_checkpoint(folder)
+    who = identity(trainer.method, schedule, **(about or {}))
+    state, rows = read_checkpoint(folder, who, schedule.steps)
     if state is not None:
         trainer.restore(state)
     while trainer.step < schedule.steps:
         trainer.advance(min(schedule.eval_every - trainer.step % schedule.eval_every, schedule.steps - trainer.step))
         rows.append(trainer.metrics() | dict(evaluate(trainer.act)))
+        append_metrics(folder, rows[-1])
         progress(rows[-1])
         if folder is not None:
-            write_checkpoint(folder, trainer.state(), rows)
+            write_checkpoint(folder, trainer.state(), rows, who)
     return rows
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,7 +36,7 @@ from rl_core.models.lm import LM, Critic
 from rl_core.rewards import overlong_penalty
 from rl_core.rollout import CachedSampler, CausalModel, Replay, Rollouts, device_of, joined, token_logps
 from rl_core.tasks.addition import END, PAD
-from rl_core.trainers.checkpoints import Rows, read_checkpoint, save, write_checkpoint
+from rl_core.trainers.checkpoints import Rows, append_metrics, identity, read_checkpoint, save, write_checkpoint
 
 
 class Task(Protocol):
@@ -55,6 +55,10 @@ class Task(Protocol):
         """(n,)."""
         ...
 
+
+class Imitable(Task, Protocol):
+    """A task with answers to begin from."""
+
     def examples(self, count: int, rng: Generator) -> tuple[Tensor, Tensor]:
         """Tokens (count, P + T) to imitate, and which of them are the answer's."""
         ...
@@ -71,8 +75,10 @@ class Schedule:
     """Optimiser steps between two refreshes of the policy that samples."""
     sync_offset: int = 0
     """Batches that are sampled ahead: training lags so many behind what was collected."""
-    updates: int = 1
-    """Optimiser steps on each batch of rollouts: passes over parts of it (epochs x mini-batches)."""
+    epochs: int = 1
+    """Passes over each batch of rollouts, every one in another order of its prompts."""
+    minibatches: int = 1
+    """Parts of a pass, whole prompts each: every one is an optimiser step."""
     micro_prompts: int | None = None
     """Prompts whose responses meet the model at once; None: all."""
     replay_share: float = 0.0
@@ -93,9 +99,18 @@ class Schedule:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts", "responses", "sync_interval", "updates", "eval_every", "eval_prompts"):
+        counts = "steps prompts responses sync_interval epochs minibatches replay_capacity eval_every eval_prompts"
+        for name in counts.split():
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: found {getattr(self, name)}; expected at least 1")
+        for name in ("micro_prompts", "overlong_margin"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name}: found {value}; expected at least 1, or none")
+        for name in ("learning_rate", "temperature", "grad_clip"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name}: found {getattr(self, name)}; expected more than 0")
+        if self.minibatches > self.prompts:
+            raise InputError(f"minibatches: found {self.minibatches} of {self.prompts} prompts; expected at least a prompt in each")
         for name in ("sync_offset", "redraws"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}: found {getattr(self, name)}; expected at least 0")
@@ -166,17 +181,12 @@ class Trainer:
         while len(self.ahead) <= self.schedule.sync_offset:
             self.ahead.append(self.collect())
         found = self._mixed(self.ahead.pop(0))
-        if self.schedule.proximal:
-            with torch.no_grad():
-                proximal, _ = token_logps(self.policy, found, self.schedule.temperature)
-        metrics: dict[str, float] = {}
-        for update in range(self.schedule.updates):
-            part = self._part(found, update)
-            centre = proximal[part] if self.schedule.proximal else None
-            metrics = self.update(found.rows(part), centre)
+        batch = self.credited(found)
+        told = [self.update(found.rows(part), batch.rows(part)) for part in self._minibatches(len(found))]
         self.step += 1
         self.cpu_seconds += time.process_time() - started
-        return {"step": self.step, "rollouts": self.rollouts, "cpu_seconds": round(self.cpu_seconds, 3), **metrics}
+        means = {name: sum(one[name] for one in told) / len(told) for name in told[0]}
+        return {"step": self.step, "rollouts": self.rollouts, "cpu_seconds": round(self.cpu_seconds, 3), **means}
 
     def collect(self) -> Rollouts:
         """Fresh rollouts of the policy that samples, which is whole on every rank: none waits for another's tokens."""
@@ -214,26 +224,35 @@ class Trainer:
         self.replay.add(fresh, schedule.responses)
         return joined([fresh, *old])
 
-    def _part(self, found: Rollouts, update: int) -> slice:
-        """Rows of an update: whole prompts, the rollouts cut into as many parts as there are updates."""
-        if self.schedule.updates == 1:
-            return slice(None)
-        prompts = len(found) // self.schedule.responses
-        size = max(prompts // self.schedule.updates, 1) * self.schedule.responses
-        start = update * size % (prompts * self.schedule.responses)
-        return slice(start, start + size)
+    def _minibatches(self, rows: int) -> Iterator[Tensor | slice]:
+        """Rows of every optimiser step: whole prompts, all of them once in an epoch. A single step keeps their order."""
+        schedule = self.schedule
+        if schedule.epochs == schedule.minibatches == 1:
+            yield slice(None)
+            return
+        for _ in range(schedule.epochs):
+            order = torch.randperm(rows // schedule.responses, generator=self.rng)
+            for prompts in order.tensor_split(schedule.minibatches):
+                yield (prompts[:, None] * schedule.responses + torch.arange(schedule.responses)).flatten()
 
-    def update(self, found: Rollouts, proximal: Tensor | None = None) -> dict[str, float]:
-        """One optimiser step. Sums of the whole step come first, so that micro-batches and ranks change nothing."""
+    @torch.no_grad()
+    def credited(self, found: Rollouts) -> TokenBatch:
+        """This rank's rollouts with all that is known before their first update: the centre of the trust region, the reference,
+        the critic's values, and the credit that the method gives among those of all ranks.
+        """
+        batch, temperature, ranks = found.batch(), self.schedule.temperature, self.ranks
+        if self.schedule.proximal:
+            batch = replace(batch, logp_proximal=token_logps(self.policy, found, temperature)[0])
+        if self.reference is not None:
+            batch = replace(batch, logp_ref=token_logps(self.reference, found, temperature)[0])
+        if self.critic is not None:
+            batch = replace(batch, value=self._values(found))
+        return credited(self.method, self._everyone(batch)).rows(ranks.rows(torch.full((len(found),), ranks.rank)) == ranks.rank)
+
+    def update(self, found: Rollouts, batch: TokenBatch) -> dict[str, float]:
+        """One optimiser step on credited rollouts. Sums of the whole step come first: micro-batches and ranks change nothing."""
         method, temperature, ranks = self.method, self.schedule.temperature, self.ranks
-        batch = replace(found.batch(), logp_proximal=proximal)
-        with torch.no_grad():
-            if self.reference is not None:
-                batch = replace(batch, logp_ref=token_logps(self.reference, found, temperature)[0])
-            if self.critic is not None:
-                batch = replace(batch, value=self._values(found))
-            everyone = credited(method, self._everyone(batch))
-        parts = self._parts(found, everyone.rows(ranks.rows(torch.full((len(found),), ranks.rank)) == ranks.rank))
+        parts, everyone = self._parts(found, batch), self._everyone(batch)
         stats: Mapping[str, Any] = {}
         if isinstance(method, WithStatistics):
             with torch.no_grad():
@@ -361,7 +380,7 @@ def evaluate(policy: CausalModel, task: Task, prompts: int, temperature: float =
 
 
 def imitate(
-    task: Task,
+    task: Imitable,
     *,
     seed: int = 0,
     steps: int = 2000,
@@ -392,29 +411,32 @@ def run(
     """A trainer's steps to the end of its schedule, from where its folder says it was; a line per step in `metrics.jsonl`.
 
     pass@1 is measured before the first step, every `eval_every` steps and at the end, where the policy's weights are kept as well
-    (`kept`). A run that was killed goes on at its last evaluation, to the bit. Raises InputError for a folder and several ranks: a
-    checkpoint is of one process.
+    (`kept`). A run that was killed goes on at its last evaluation, to the bit. Raises InputError for the folder of another run, and
+    for a folder and several ranks: a checkpoint is of one process.
     """
     if folder is not None and trainer.ranks.count > 1:
         raise InputError(
             f"found a folder and {trainer.ranks.count} ranks; expected no folder: each would write its own part of the weights"
         )
     schedule = trainer.schedule
-    state, rows = read_checkpoint(folder)
+    about = identity(trainer.method, schedule, task=type(trainer.task).__name__)
+    state, rows = read_checkpoint(folder, about, schedule.steps)
     if state is not None:
         trainer.restore(state)
     if not rows:
         rows.append({"step": 0, "rollouts": 0, "cpu_seconds": 0.0, "pass_at_1": trainer.evaluate()})
-        _keep(folder, trainer, rows)
+        append_metrics(folder, rows[0])
+        _keep(folder, trainer, rows, about)
     while trainer.step < schedule.steps:
         metrics = trainer.advance()
         last = trainer.step == schedule.steps
         if last or trainer.step % schedule.eval_every == 0:
             metrics["pass_at_1"] = trainer.evaluate()
         rows.append(metrics)
+        append_metrics(folder, metrics)
         progress(metrics)
         if "pass_at_1" in metrics:
-            _keep(folder, trainer, rows)
+            _keep(folder, trainer, rows, about)
     return rows
 
 
@@ -426,11 +448,11 @@ def kept(folder: Path) -> dict[int, Path]:
     return found
 
 
-def _keep(folder: Path | None, trainer: Trainer, rows: Rows) -> None:
+def _keep(folder: Path | None, trainer: Trainer, rows: Rows, about: Mapping[str, Any]) -> None:
     """The policy, then a checkpoint, so that one that says a step was done has its policy."""
     if folder is not None:
         save(folder / f"policy-{trainer.step:06d}.pt", trainer.weights())
-        write_checkpoint(folder, trainer.state(), rows)
+        write_checkpoint(folder, trainer.state(), rows, about)
 
 
 def _added(some: list[Any]) -> tuple[Any, ...]:

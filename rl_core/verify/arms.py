@@ -10,6 +10,8 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
@@ -59,7 +61,8 @@ class Arms:
         missing = {arm.key(): arm for arm in wanted if not self._path(arm).exists()}
         if missing:
             context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
-            with ProcessPoolExecutor(min(len(missing), os.cpu_count() or 1), mp_context=context) as pool:
+            count = min(len(missing), os.cpu_count() or 1)
+            with ProcessPoolExecutor(count, mp_context=context, initializer=_follow, initargs=(os.getpid(),)) as pool:
                 shared = {lack: arm for arm in missing.values() if (lack := arm.lacks(self.folder))}
                 for name in shared:
                     self.tell(name)
@@ -72,6 +75,17 @@ class Arms:
 
     def _path(self, arm: Arm) -> Path:
         return self.folder / f"{arm.key()}.json"
+
+
+def _follow(parent: int) -> None:
+    """End with the process that asked: one that was killed ends nobody by itself."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _begin(arm: Arm, folder: Path) -> None:

@@ -1,66 +1,109 @@
-"""Arms of the control families: a method on a data set of the analytic pendulum, its policy's return at the end."""
+"""Arms of the control families: a method on data of the analytic pendulum or of a file, its policy's return at every evaluation."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+import hashlib
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rl_core.config import to_table
-from rl_core.envs.pendulum import Pendulum, dataset, score
-from rl_core.families.offline import OfflineMethod
-from rl_core.methods.prdc import PRDC
-from rl_core.methods.td3 import TD3, Twin
-from rl_core.methods.td3_bc import TD3BC
+from rl_core.data import read
+from rl_core.envs.gym import GymEnv
+from rl_core.envs.pendulum import EXPERT, RANDOM, SETS, Pendulum, dataset
+from rl_core.families.offline import OfflineMethod, Transitions
+from rl_core.methods.td3 import Twin
 from rl_core.trainers.checkpoints import Rows
-from rl_core.trainers.offline import Act, OfflineSchedule, OfflineTrainer, returns, run
-from rl_core.verify.arms import Arms, code_of, digest
-from rl_core.verify.margins import Experiment, Margin, at_least, at_most
+from rl_core.trainers.offline import Act, Environment, OfflineSchedule, OfflineTrainer, returns, run
+from rl_core.verify.arms import code_of, digest
 
-EPISODES = 100
-"""Of an evaluation, all at once."""
+EPISODES, GYM_EPISODES = 100, 10
+"""Of an evaluation, all at once: of the pendulum, and of Gymnasium's environments, which cost more."""
+
+PENDULUM = "pendulum"
+"""The environment that is not Gymnasium's."""
 
 
 @dataclass(frozen=True)
 class OfflineArm:
-    """A method on a data set, drawn by the seed that the schedule has as well: a pair of data and training."""
+    """A method on a data set. Those of the pendulum are drawn by the schedule's seed: a pair of data and training."""
 
     method: OfflineMethod
     data: str
+    """Name of a set of the pendulum, or a file."""
     schedule: OfflineSchedule
+    env: str = PENDULUM
+    """In which policies are judged."""
+    references: tuple[float, float] = (RANDOM, EXPERT)
+    """Returns of score 0 and of score 100."""
 
     @property
     def name(self) -> str:
         """What progress calls it."""
-        return f"{type(self.method).__name__} on {self.data}, pair {self.schedule.seed}"
+        return f"{type(self.method).__name__} on {self.data}, {'pair' if self.data in SETS else 'seed'} {self.schedule.seed}"
 
     def lacks(self, folder: Path) -> str:
         """Nothing: data are made in a second."""
         return ""
 
     def key(self) -> str:
-        """Digest of all that tells it from others, and of the code."""
+        """Digest of all that tells it from others, of the code, and of the file."""
         method = {"method": type(self.method).__name__} | to_table(self.method)
         code = code_of(__name__, type(self.method).__module__)
-        return digest({"method": method, "data": self.data, "schedule": asdict(self.schedule), "code": code})
+        data = self.data if self.data in SETS else _content(self.data)
+        rest = {"env": self.env, "references": self.references}
+        return digest({"method": method, "data": data, "schedule": asdict(self.schedule), "code": code, **rest})
 
     def begin(self, folder: Path) -> None:
         """Nothing to make."""
 
     def run(self, folder: Path) -> Rows:
         """A row at every evaluation, the last at the end: mean return and its score."""
-        trainer = OfflineTrainer(self.method, dataset(self.data, self.schedule.seed), self.schedule)
-        return run(trainer, partial(evaluated, seed=self.schedule.seed))
+        trainer = OfflineTrainer(self.method, transitions(self.data, self.schedule.seed), self.schedule)
+        judge = partial(evaluated, seed=self.schedule.seed, env=self.env, references=self.references)
+        return run(trainer, judge)
 
 
-def evaluated(act: Act, *, seed: int = 0) -> dict[str, float]:
-    """Mean return of a policy on the pendulum, and its score, over episodes that no data set has."""
-    mean = float(returns(act, Pendulum(), EPISODES, np.random.default_rng(10_000 + seed)).mean())
-    return {"return": mean, "score": score(mean)}
+def transitions(data: str, seed: int) -> Transitions:
+    """A set of the pendulum by its name, or what a file holds."""
+    return dataset(data, seed) if data in SETS else read(data)
+
+
+def environment(name: str) -> Environment:
+    """The analytic pendulum, or one of Gymnasium's. Raises InputError."""
+    return Pendulum() if name == PENDULUM else GymEnv(name)
+
+
+def evaluated(
+    act: Act, *, seed: int = 0, env: str = PENDULUM, references: tuple[float, float] = (RANDOM, EXPERT)
+) -> dict[str, float]:
+    """Mean return of a policy, and its score, over episodes that no data set has."""
+    episodes = EPISODES if env == PENDULUM else GYM_EPISODES
+    mean = float(returns(act, environment(env), episodes, np.random.default_rng(10_000 + seed)).mean())
+    low, high = references
+    return {"return": mean, "score": 100 * (mean - low) / (high - low)}
+
+
+@cache
+def _content(path: str) -> str:
+    """Digest of a file, or of those in a folder."""
+    files = [Path(path)] if Path(path).is_file() else sorted(one for one in Path(path).rglob("*") if one.is_file())
+    found = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            found.update(hashlib.file_digest(content, "sha256").digest())
+    return found.hexdigest()
+
+
+def on_pendulum(method: Any) -> Any:
+    """A method with the settings that the pages' suite gives to all: discount 0.98, Adam 1e-3."""
+    given: dict[str, Any] = {"discount": TWIN.discount, "twin": TWIN}
+    changes = {one.name: given[one.name] for one in fields(method) if one.name in given}
+    rates = {one.name: TWIN.critic_rate for one in fields(method) if one.name == "rate" or one.name.endswith("_rate")}
+    return replace(method, **changes, **rates)
 
 
 TWIN = Twin(discount=0.98, actor_rate=1e-3, critic_rate=1e-3)
@@ -68,31 +111,3 @@ TWIN = Twin(discount=0.98, actor_rate=1e-3, critic_rate=1e-3)
 
 SMALL = OfflineSchedule(steps=6000, batch=128, width=64, reward_scale=0.1, eval_every=6000)
 """Schedule of the pages' suite: two hidden layers of 64, 6,000 steps on batches of 128."""
-
-
-def ends(
-    arms: Arms, methods: Mapping[str, OfflineMethod], sets: Sequence[str], pairs: Sequence[int]
-) -> dict[tuple[str, str], float]:
-    """Median over pairs of the mean return at the end, by method and data set."""
-    wanted = [(name, data, pair) for name in methods for data in sets for pair in pairs]
-    rows = arms.run([OfflineArm(methods[name], data, replace(SMALL, seed=pair)) for name, data, pair in wanted])
-    found: dict[tuple[str, str], list[float]] = {}
-    for (name, data, _), one in zip(wanted, rows, strict=True):
-        found.setdefault((name, data), []).append(one[-1]["return"])
-    return {key: statistics.median(values) for key, values in found.items()}
-
-
-def _prdc(arms: Arms, pairs: Sequence[int]) -> list[Margin]:
-    methods: dict[str, OfflineMethod] = {"PRDC": PRDC(twin=TWIN), "TD3BC": TD3BC(twin=TWIN), "TD3": TD3(TWIN)}
-    found = ends(arms, methods, ("pend-exp10", "pend-mix10"), pairs)
-    return [
-        at_least("PRDC on pend-exp10: median return", found["PRDC", "pend-exp10"], -300),
-        at_least("PRDC on pend-mix10: median return", found["PRDC", "pend-mix10"], -300),
-        at_most("TD3+BC on pend-mix10: median return", found["TD3BC", "pend-mix10"], -800),
-        at_most("TD3 on pend-exp10: median return", found["TD3", "pend-exp10"], -500),
-    ]
-
-
-CONTROL: Mapping[str, Experiment] = {
-    "PRDC": Experiment("the analytic pendulum, narrow and wide data, beside TD3+BC and TD3", 7, _prdc),
-}

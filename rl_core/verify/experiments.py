@@ -13,13 +13,15 @@ from rl_core.families.token import TokenBatch, TokenMethod, credited, loss_and_g
 from rl_core.methods.asymre import AsymRE
 from rl_core.methods.bapo import BAPO, Bounds
 from rl_core.methods.grpo import GRPO
+from rl_core.methods.opmd import OPMD
 from rl_core.methods.rec import REC, VARIANTS
 from rl_core.methods.reinforce import REINFORCE
 from rl_core.trainers.checkpoints import Rows
 from rl_core.trainers.token import Schedule
+from rl_core.verify import mirror
 from rl_core.verify.arms import Arms
-from rl_core.verify.control import CONTROL
-from rl_core.verify.margins import SEEDS, Experiment, Margin, at_least, at_most, mean
+from rl_core.verify.margins import SEEDS, Experiment, Margin, above, at_least, at_most, mean
+from rl_core.verify.suite import SUITE
 from rl_core.verify.token import TokenArm, passed_at
 
 
@@ -58,7 +60,7 @@ STALE: Mapping[str, TokenMethod] = {
     "GRPO": GRPO(),
     "REC-OneSide-NoIS(0.2)": REC(),
     "REC-OneSide-NoIS(0.6, 2.0)": VARIANTS["REC-OneSide-NoIS(0.6, 2.0)"],
-    "OPMD": VARIANTS["OPMD"],
+    "OPMD": OPMD(),
     "RED-Weight": VARIANTS["RED-Weight"],
 }
 """Arms that must survive a stale sampler."""
@@ -80,7 +82,7 @@ def _rec(arms: Arms, seeds: Sequence[int]) -> list[Margin]:
 
 
 def _opmd(arms: Arms, seeds: Sequence[int]) -> list[Margin]:
-    rows = arms.run([addition(VARIANTS["OPMD"], seed) for seed in seeds])
+    rows = arms.run([addition(OPMD(), seed) for seed in seeds])
     return [at_least("stale: pass@1 at step 160, the smallest", min(passed_at(one, 160) for one in rows), 0.40)]
 
 
@@ -160,9 +162,10 @@ def _controller() -> list[Margin]:
             )
         )  # fmt: skip
         swapped, _ = searched(BAPO(contribution=contribution), 0.1, swapped=True)  # type: ignore[arg-type]
-        margins.append(
-            Margin(f"controller, {contribution}, lengths swapped", "no step", f"{swapped.steps} steps", swapped.steps == 0)
-        )
+        if deviation == 0.1:
+            margins.append(
+                Margin(f"controller, {contribution}, lengths swapped", "no step", f"{swapped.steps} steps", swapped.steps == 0)
+            )
     return margins
 
 
@@ -201,13 +204,13 @@ def _lengths(arms: Arms, seeds: Sequence[int]) -> list[Margin]:
         gains = [a - b for a, b in zip(at40[name], ppo, strict=True)]
         margins += [
             at_least(f"{name}: pass@1 at 40 above PPO's, mean", mean(gains), 0.03, n),
-            at_least(f"{name}: the smallest of them", min(gains), 1e-9),
+            above(f"{name}: the smallest of them", min(gains)),
         ]
     best = max((name for name in ARMS if name.startswith("constant")), key=lambda name: mean(at40[name]))
-    told = f"{mean(at40[best]):.3f} ({best}) and {mean(at40['BAPO value 0.5']):.3f} (value 0.5)"
+    told = ", ".join(f"{mean(at40[name]):.3f} ({name})" for name in (best, "BAPO value 0.5", "BAPO gradient 0.5"))
     return [
         *margins,
-        at_least("value 0.5: entropy at 80 above PPO's, the smallest", min(entropy), 1e-9),
+        above("value 0.5: entropy at 80 above PPO's, the smallest", min(entropy)),
         Margin("beside its best constant bounds: pass@1 at 40", "is told, whichever is better", told, passed=True),
     ]
 
@@ -216,6 +219,17 @@ def _moves(rows: Rows) -> float:
     """Share of a run's updates on which the search took a step."""
     steps = [row["search_steps"] > 0 for row in rows if "search_steps" in row]
     return sum(steps) / len(steps)
+
+
+def _mdpo(arms: Arms, seeds: Sequence[int]) -> list[Margin]:
+    found = mirror.measured(mirror.tables(len(seeds)))
+    return [
+        *(
+            (above if required == 0 else at_least)(f"MDPO (m=10) {name}, mean", found[name], required)
+            for name, required in mirror.REQUIRED.items()
+        ),
+        at_most("MDPO (m=1) apart from the policy gradient, the largest chance", found["m=1 apart from policy gradient"], 1e-9),
+    ]
 
 
 EXPERIMENTS: Mapping[str, Experiment] = {
@@ -227,7 +241,8 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "BAPO": Experiment(
         "the controller on synthetic batches; sums after fillers, with longer failures and a stale sampler", SEEDS, _bapo
     ),
-    **CONTROL,
+    **SUITE,
+    "MDPO": Experiment("random decision processes with exact advantages and noise, beside policy gradient and PPO", 20, _mdpo),
 }
 
 

@@ -33,15 +33,25 @@ class Experiment:
 def at_least(name: str, measured: float, required: float, seeds: int | None = None) -> Margin:
     """A value that must not be below; a margin on a mean over fewer seeds than the page has shrinks by the root of the ratio."""
     required = required if seeds is None else required * (min(seeds, SEEDS) / SEEDS) ** 0.5
-    return Margin(name, f">= {required:.3f}", f"{measured:.3f}", measured >= required)
+    return Margin(name, f">= {_said(required)}", _said(measured), measured >= required)
+
+
+def above(name: str, measured: float, bound: float = 0.0) -> Margin:
+    """A value that must be above."""
+    return Margin(name, f"> {_said(bound)}", _said(measured), measured > bound)
 
 
 def at_most(name: str, measured: float, required: float, seeds: int | None = None) -> Margin:
     """A value that must not be above; a margin on a mean over fewer seeds than the page has grows by the root of the ratio."""
     required = required if seeds is None else required / (min(seeds, SEEDS) / SEEDS) ** 0.5
-    return Margin(name, f"<= {required:.3f}", f"{measured:.3f}", measured <= required)
+    return Margin(name, f"<= {_said(required)}", _said(measured), measured <= required)
 
 
 def mean(values: Sequence[float]) -> float:
     """Of an arm's seeds."""
     return sum(values) / len(values)
+
+
+def _said(value: float) -> str:
+    """Three decimals, or a power of ten where they would all be 0."""
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.1e}"

@@ -6,18 +6,28 @@ import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ope.data import InputError
 from rl_core.config import to_table
 from rl_core.families.token import TokenMethod
 from rl_core.models.lm import LM
 from rl_core.tasks.addition import Addition, Fillers
 from rl_core.trainers.checkpoints import Rows
-from rl_core.trainers.token import Schedule, Task, Trainer, imitate, run
+from rl_core.trainers.token import Imitable, Schedule, Trainer, imitate, run
 from rl_core.verify.arms import code_of, digest, keep
 
-TASKS: Mapping[str, Task] = {"addition": Addition(), "fillers": Fillers()}
+TASKS: Mapping[str, Imitable] = {"addition": Addition(), "fillers": Fillers()}
+
+
+def task_of(about: Mapping[str, Any]) -> Imitable:
+    """The task of a run, from what its checkpoint says that it is. Raises InputError for one that is not among `TASKS`."""
+    for task in TASKS.values():
+        if type(task).__name__ == about.get("task"):
+            return task
+    raise InputError(f"found a run of {about.get('task', 'no task')}; expected one of {', '.join(TASKS)}")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +79,54 @@ def test_what_cannot_be_is_refused(words: list[str], said: str, tmp_path: Path, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_settings_with_a_name_are_shown() -> None:
+    found = json.loads(RUNNER.invoke(app, ["rl", "show", "dapo", "--json"]).stdout)
+    assert (found["name"], found["settings"]["eps_high"]) == ("GRPO", 0.28)
+
+
+def test_a_verification_that_is_killed_leaves_nobody_behind(folder: Path) -> None:
+    """Workers end with the process that asked, which a kill does not ask to clean up."""
+    code = (
+        "from pathlib import Path\n"
+        "from dataclasses import replace\n"
+        "from rl_core.methods.grpo import GRPO\n"
+        "from rl_core.trainers.token import Schedule\n"
+        "from rl_core.verify.arms import Arms\n"
+        "from rl_core.verify.token import TokenArm\n"
+        "if __name__ == '__main__':\n"
+        f"    arms = [TokenArm(GRPO(), 'fillers', Schedule(steps=100_000, prompts=2, responses=2, seed=s)) for s in (0, 1)]\n"
+        f"    Arms(Path({str(folder)!r})).run(arms)\n"
+    )
+    script = folder / "verify.py"
+    script.write_text(code)
+    parent = subprocess.Popen([sys.executable, str(script)])
+    deadline = time.monotonic() + 60
+    while len(workers := busy(parent.pid)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(workers) == 2
+    parent.kill()
+    parent.wait()
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = [worker for worker in workers if alive(worker)]
+    for worker in left:
+        os.kill(worker, signal.SIGKILL)
+    assert left == []
+
+
+def busy(parent: int) -> list[int]:
+    """Children of a process that have worked for two seconds."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    spent = {int(child): int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[11]) for child in children}
+    return [child for child, ticks in spent.items() if ticks > 2 * os.sysconf("SC_CLK_TCK")]
+
+
+def alive(process: int) -> bool:
+    """Whether it still runs, and is not only unburied."""
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def test_a_file_of_settings_is_the_method(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     torch.save(LM().state_dict(), start_path("fillers", tmp_path / "out"))
@@ -86,10 +139,10 @@ def test_a_file_of_settings_is_the_method(tmp_path: Path) -> None:
     found = json.loads(RUNNER.invoke(app, words).stdout)
     assert [row["step"] for row in found] == [0, 1, 2]
     assert RUNNER.invoke(app, words).stdout == json.dumps(found, indent=2) + "\n"  # gone on with: there is nothing left to do
-    told = json.loads(
-        RUNNER.invoke(app, ["rl", "eval", str(tmp_path / "out"), "--task", "fillers", "--prompts", "8", "--json"]).stdout
-    )
+    told = json.loads(RUNNER.invoke(app, ["rl", "eval", str(tmp_path / "out"), "--prompts", "8", "--json"]).stdout)
     assert told["pass_at_1"] == found[-1]["pass_at_1"]
+    refused = RUNNER.invoke(app, [*words, "--seed", "7"])
+    assert (refused.exit_code, "found a run of another schedule.seed" in refused.stderr.replace("\n", " ")) == (2, True)
     settings.write_text("[method]\ngait = 1\n")
     result = RUNNER.invoke(app, words)
     assert (result.exit_code, "REC: found gait; expected some of gate" in result.stderr.replace("\n", " ")) == (2, True)
@@ -106,7 +159,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["rl", "train", "grpo", "--out", str(made), "--task", "fillers", "--steps", "4", "--settings"]
     trained = RUNNER.invoke(app, [*words, str(made / "settings.toml")])
     assert trained.exit_code == 0, (trained.stderr, trained.exception)
-    written = ["rl", "rollouts", str(made), "--to", str(made / "log.parquet"), "--task", "fillers", "--prompts", "300", "--json"]
+    written = ["rl", "rollouts", str(made), "--to", str(made / "log.parquet"), "--prompts", "300", "--json"]
     logged = RUNNER.invoke(app, written)
     assert logged.exit_code == 0, (logged.stderr, logged.exception)
     told = json.loads(logged.stdout)

@@ -38,6 +38,7 @@ REWARD = of(np.float64, between(-100, 100))
 POSITIVE = of(np.float64, between(0, 10))
 ADVANTAGE = of(np.float64, between(-9, 9))
 CHANCE = of(np.float64, st.just(0.0) | between(1e-6, 1))
+LOG_STD = of(np.float64, between(-3, 2))
 LABEL = of(np.int64, st.integers(0, 2))
 MASK = of(np.bool_, st.booleans())
 SHAPES = {1: st.sampled_from([(1,), (2,), (5,)]), 2: st.sampled_from([(1, 1), (1, 3), (3, 2)])}
@@ -119,6 +120,9 @@ CASES = {
     "reduce.reduce_terms sequence": Case(partial(reduce.reduce_terms, scope="sequence"), TOKENS),
     "reduce.reduce_terms sum": Case(partial(reduce.reduce_terms, scope="sequence_sum"), TOKENS),
     "reduce.reduce_terms norm": Case(partial(reduce.reduce_terms, scope="sequence_sum", length=10.0), TOKENS),
+    "divergences.expectile": Case(partial(divergences.expectile, level=0.7), columns(REWARD)),
+    "divergences.gaussian_kl": Case(divergences.gaussian_kl, columns(ADVANTAGE, LOG_STD, ADVANTAGE, LOG_STD, ndim=2)),
+    "surrogates.mirror_step": Case(partial(surrogates.mirror_step, step=0.5), columns(CHANCE, ADVANTAGE, ndim=2)),
     "surrogates.clipped": Case(partial(surrogates.clipped, low=0.8, high=1.2), RATIO_ADVANTAGE),
     "surrogates.dual_clipped": Case(partial(surrogates.dual_clipped, low=0.8, high=1.2, bound=3.0), RATIO_ADVANTAGE),
     "surrogates.OneSided": Case(surrogates.OneSided().keep, RATIO_ADVANTAGE),

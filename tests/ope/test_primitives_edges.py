@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from ope.primitives import _xp, baselines, divergences, reduce, terms, weights
+from ope.primitives import _xp, baselines, divergences, reduce, surrogates, terms, weights
 
 AsArray = Callable[..., Any]
 SCOPES = ["token", "sequence"]
@@ -160,6 +160,8 @@ FROM_LOGS = {
     "k3": divergences.k3,
     "kl": divergences.kl,
     "total_variation": divergences.total_variation,
+    "gaussian_kl": lambda x, y: divergences.gaussian_kl(x, y, y, x),
+    "mirror_step": lambda x, y: surrogates.mirror_step(x, y, 0.5),
     "per_decision": lambda x, _: weights.per_decision(x),
     "exp_advantage": lambda x, _: weights.exp_advantage(x, 1.0),
     "entropy": lambda x, _: divergences.entropy(x),
@@ -245,6 +247,8 @@ ALIKE = {
     "k3": (divergences.k3, 2),
     "kl": (divergences.kl, 2),
     "total_variation": (divergences.total_variation, 2),
+    "gaussian_kl": (divergences.gaussian_kl, 4),
+    "mirror_step": (partial(surrogates.mirror_step, step=0.5), 2),
     "masked_sum": (reduce.masked_sum, 2),
     "reduce_terms": (partial(reduce.reduce_terms, scope="token"), 2),
 }

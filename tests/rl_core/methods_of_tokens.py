@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from rl_core.aggregation import SequenceMean, SequenceSumNorm
+from rl_core.corrections import MaskOutside, Truncate
 from rl_core.families.token import TokenBatch, TokenMethod
 from rl_core.methods.bapo import BAPO, RECOMMENDED
-from rl_core.methods.grpo import GRPO, KIN, MaskOutside, Truncate
+from rl_core.methods.grpo import GRPO, KIN
 from rl_core.methods.opmd import OPMD
 from rl_core.methods.rec import REC, VARIANTS, Drop
 from rl_core.methods.reinforce import REINFORCE

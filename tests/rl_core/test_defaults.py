@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -11,26 +11,11 @@ from rl_core.methods.bapo import BAPO, RECOMMENDED
 from rl_core.methods.grpo import GRPO, KIN
 from rl_core.methods.rec import VARIANTS
 from rl_core.penalties import K2, ForwardKL
-from rl_core.registry import METHODS
+from rl_core.registry import FAMILIES
+from tests.rl_core.origins import Origin, check
 
 TOKEN_MEAN = {"kind": "TokenMean"}
 
-
-class Origin(NamedTuple):
-    """A default, the paper's value and the official code's; None where a source has none of its own."""
-
-    ours: Any
-    paper: Any = None
-    code: Any = None
-
-
-TWIN = Origin(
-    {
-        "kind": "Twin", "discount": 0.99, "tau": 0.005, "noise": 0.2, "noise_clip": 0.5, "actor_every": 2, "actor_rate": 3e-4,
-        "critic_rate": 3e-4,
-    }
-)  # fmt: skip
-"""Those of TD3's paper and code, which agree."""
 
 DEFAULTS: dict[str, dict[str, Origin]] = {
     "REINFORCE": {"truncate": Origin("none"), "aggregation": Origin(TOKEN_MEAN, None, "token-mean")},
@@ -63,12 +48,6 @@ DEFAULTS: dict[str, dict[str, Origin]] = {
     },
     "PairwiseOPMD": {"temperature": Origin(1.0)},
     "AsymRE": {"shift": Origin(-0.1, None, -0.1), "aggregation": Origin(TOKEN_MEAN, None, "token-mean")},
-    "TD3": {"twin": TWIN},
-    "TD3BC": {"alpha": Origin(2.5, 2.5, 2.5), "twin": TWIN},
-    "PRDC": {
-        "alpha": Origin(2.5, 2.5, 2.5), "state_weight": Origin(2.0, 2.0, 1.0), "norm": Origin("squared", "l2", "squared"),
-        "bandwidth": Origin(0.0), "search": Origin("auto", None, "tree"), "twin": TWIN,
-    },
     "BAPO": {
         "target": Origin(0.4, 0.4, 1.0), "low_start": Origin(0.6, 0.6, 0.6), "low_limit": Origin(0.9, 0.9, 0.8),
         "high_start": Origin(1.2, 1.2, 1.2), "high_limit": Origin(3.0, 3.0, 2.0), "step_low": Origin(0.02, 0.02, 0.05),
@@ -80,17 +59,10 @@ DEFAULTS: dict[str, dict[str, Origin]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("method", FAMILIES["token"], ids=lambda one: one.__name__)
 def test_defaults_are_those_of_the_table(method: Any) -> None:
     assert to_table(method()) == {name: origin.ours for name, origin in DEFAULTS[method.__name__].items()}
-
-
-@pytest.mark.parametrize("method", METHODS, ids=lambda one: one.__name__)
-def test_where_sources_differ_the_origin_names_both(method: Any) -> None:
-    for name, origin in DEFAULTS[method.__name__].items():
-        if isinstance(origin.paper, float | int) and isinstance(origin.code, float | int) and origin.paper != origin.code:
-            told = method.paper.defaults[name]
-            assert f"{origin.code:g}" in told or f"{origin.paper:g}" in told, (name, told)
+    check(method, DEFAULTS[method.__name__])
 
 
 def test_kin_and_variants_are_those_of_their_papers() -> None:

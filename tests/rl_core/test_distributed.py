@@ -63,7 +63,7 @@ def step(
 ) -> tuple[list[Tensor], dict[str, float]]:
     """Gradients of all that learns, and metrics."""
     trainer = Trainer(method, Fillers(), schedule, start(), ranks=ranks)
-    told = trainer.update(found)
+    told = trainer.update(found, trainer.credited(found))
     learned = [trainer.policy, *([] if trainer.critic is None else [trainer.critic])]
     weights = [weight for one in learned for weight in one.parameters() if weight.grad is not None]
     return [ranks.whole(weight.grad) for weight in weights], told

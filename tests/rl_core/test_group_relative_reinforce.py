@@ -246,7 +246,7 @@ FORMULAS: dict[str, Callable[[Floats], Floats]] = {
     "REC-Ring-IS": lambda logp: -CREDIT * RING * RHO * logp,
     "REC-GSPO-OneSide": lambda logp: -CREDIT * one_side(GEOMETRIC, 3e-4, 4e-4) * logp,
     "OPMD": lambda logp: -CREDIT * logp + 0.1 * (logp - OLD) ** 2,
-    "OPMD-sequence": lambda logp: -CREDIT * logp + 0.1 * (logp - OLD).sum(axis=1, keepdims=True) ** 2,
+    "OPMD-sequence": lambda logp: -CREDIT * 3 * logp + 0.1 * (logp - OLD).sum(axis=1, keepdims=True) ** 2,
     "AsymRE": lambda logp: -CREDIT * logp - 0.1 * logp,
     "TrinityOPMD": lambda logp: -CREDIT * logp / 2,
 }

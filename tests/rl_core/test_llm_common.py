@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ope.primitives import divergences, surrogates, weights
 from ope.primitives.baselines import group_center, weighted_group_center
 from rl_core.aggregation import Aggregation, SequenceMean, SequenceSum, SequenceSumNorm, TokenMean
+from rl_core.corrections import MaskOutside, Truncate
 from rl_core.families.token import (
     TokenBatch,
     TokenMethod,
@@ -27,7 +28,7 @@ from rl_core.families.token import (
 )
 from rl_core.methods.asymre import AsymRE
 from rl_core.methods.bapo import BAPO, RECOMMENDED
-from rl_core.methods.grpo import GRPO, KIN, MaskOutside, Truncate
+from rl_core.methods.grpo import GRPO, KIN
 from rl_core.methods.opmd import OPMD, PairwiseOPMD, TrinityOPMD
 from rl_core.methods.ppo import PPO
 from rl_core.methods.rec import REC, VARIANTS, Drop

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ from torch import Generator
 
 from ope.data import InputError
 from rl_core.diagnostics import reward_range
-from rl_core.families.token import TokenMethod
+from rl_core.families.token import TokenBatch, TokenMethod
+from rl_core.loss import Loss
 from rl_core.methods.bapo import RECOMMENDED
 from rl_core.methods.grpo import GRPO
 from rl_core.methods.ppo import PPO
 from rl_core.methods.reinforce import REINFORCE
 from rl_core.models.lm import LM, Critic
 from rl_core.penalties import K2
+from rl_core.registry import FAMILIES
 from rl_core.rewards import overlong_penalty
 from rl_core.rollout import CachedSampler, Replay, token_logps
 from rl_core.tasks.addition import END, FILLER, PAD, Addition, Fillers
@@ -95,18 +97,49 @@ def gradients(method: TokenMethod, start: LM, schedule: Schedule) -> list[torch.
     with torch.no_grad():
         for weight in trainer.policy.parameters():
             weight.mul_(1.01)
-    trainer.update(rollouts)
+    trainer.update(rollouts, trainer.credited(rollouts))
     return [weight.grad for weight in trainer.policy.parameters() if weight.grad is not None]
 
 
-@pytest.mark.parametrize(
-    "schedule", [SHORT, replace(SHORT, replay_share=0.5), replace(SHORT, updates=2, proximal=True), replace(SHORT, redraws=2)]
-)
+SCHEDULES = [
+    SHORT, replace(SHORT, replay_share=0.5), replace(SHORT, redraws=2), replace(SHORT, epochs=2, minibatches=3, proximal=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_run_is_the_same_again(schedule: Schedule, start: LM) -> None:
     assert trained(GRPO(), start, schedule)[1] == trained(GRPO(), start, schedule)[1]
 
 
-@pytest.mark.parametrize("method", [GRPO(kl=K2(0.1)), PPO()], ids=["GRPO with a reference", "PPO"])
+def test_an_epoch_meets_every_prompt_once_in_another_order(start: LM) -> None:
+    trainer = Trainer(GRPO(), Fillers(), replace(SHORT, prompts=8, epochs=2, minibatches=3), start)
+    parts = list(trainer._minibatches(32))
+    assert [len(part) // 4 for part in parts] == [3, 3, 2, 3, 3, 2]
+    epochs = [torch.cat(parts[:3]), torch.cat(parts[3:])]
+    assert all(sorted(rows.tolist()) == list(range(32)) for rows in epochs)
+    assert not torch.equal(*epochs)
+    for part in parts:  # whole prompts
+        assert (part.view(-1, 4) // 4 == part.view(-1, 4)[:, :1] // 4).all()
+
+
+def test_values_and_credit_are_of_the_batch_before_its_first_update(start: LM) -> None:
+    """The clip of values must see how far the critic went: with values made anew at every update it would see nothing."""
+    seen = list[float]()
+
+    @dataclass(frozen=True)
+    class Watched(PPO):
+        def critic(self, batch: TokenBatch, value: Any) -> Loss:
+            if value.requires_grad:
+                seen.append(float((value - batch.value)[batch.mask].detach().abs().max()))
+            return super().critic(batch, value)
+
+    trainer = Trainer(Watched(), Fillers(), replace(SHORT, epochs=3, learning_rate=1e-2), start)
+    trainer.advance()
+    assert seen[0] < 1e-6
+    assert min(seen[1:]) > 1e-3
+
+
+@pytest.mark.parametrize("method", [GRPO(kl=K2(0.1)), *(one() for one in FAMILIES["token"])], ids=lambda one: type(one).__name__)
 def test_a_run_that_was_stopped_goes_on_to_the_bit(method: TokenMethod, start: LM, tmp_path: Path) -> None:
     schedule = replace(SHORT, replay_share=0.5, sync_offset=2)
     whole, rows = trained(method, start, schedule)
@@ -120,6 +153,24 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(method: TokenMethod, start: L
     assert list(kept(tmp_path)) == [0, 2, 4]
     last = torch.load(kept(tmp_path)[4], weights_only=True)
     assert all(torch.equal(last[name], value) for name, value in whole.policy.state_dict().items())
+
+
+def test_the_folder_of_another_run_is_refused(start: LM, tmp_path: Path) -> None:
+    run(Trainer(GRPO(), Fillers(), SHORT, start), tmp_path)
+    others = {
+        "method.eps_high": Trainer(GRPO(eps_high=0.28), Fillers(), SHORT, start),
+        "method.name": Trainer(REINFORCE(), Fillers(), SHORT, start),
+        "schedule.seed": Trainer(GRPO(), Fillers(), replace(SHORT, seed=1), start),
+        "task": Trainer(GRPO(), Addition(), SHORT, start),
+    }
+    for name, trainer in others.items():
+        with pytest.raises(InputError, match=f"found a run of another .*{name}"):
+            run(trainer, tmp_path)
+    with pytest.raises(InputError, match="found a run of 4 steps; expected at least as many, not 3"):
+        run(Trainer(GRPO(), Fillers(), replace(SHORT, steps=3), start), tmp_path)
+    longer = run(Trainer(GRPO(), Fillers(), replace(SHORT, steps=5), start), tmp_path)
+    assert [row["step"] for row in longer] == [0, 1, 2, 3, 4, 5]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
 
 
 def test_rows_say_who_sampled_them_and_how_long_ago(start: LM) -> None:
@@ -216,8 +267,12 @@ def test_a_critic_has_a_value_for_every_token() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("steps", 0), ("responses", 0), ("replay_share", 1.0), ("eval_prompts", -1), ("sync_offset", -1), ("redraws", -1)],
-)
+    [
+        ("steps", 0), ("responses", 0), ("replay_share", 1.0), ("eval_prompts", -1), ("sync_offset", -1), ("redraws", -1),
+        ("minibatches", 33), ("micro_prompts", 0), ("temperature", 0.0), ("learning_rate", -1.0), ("overlong_margin", 0),
+        ("epochs", 0),
+    ],
+)  # fmt: skip
 def test_a_schedule_that_cannot_be_is_refused(field: str, value: Any) -> None:
     with pytest.raises(InputError, match=field):
         Schedule(**{field: value})

@@ -1,0 +1,141 @@
+"""Methods that learn control from transitions, beside each other: scores of several seeds and data sets, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ope.data import InputError
+from pipelines.charts import Spec, learning
+from rl_core.aggregate import interquartile_mean, stratified_interval
+from rl_core.envs.pendulum import EXPERT, RANDOM, SETS
+from rl_core.trainers.checkpoints import Rows
+from rl_core.trainers.offline import OfflineSchedule
+from rl_core.verify.arms import Arms
+from rl_core.verify.control import PENDULUM, OfflineArm, environment, on_pendulum, transitions
+
+COSTS: Mapping[str, str] = {"step": "gradient steps", "cpu_seconds": "CPU seconds"}
+
+EVALUATIONS = 8
+"""Of a run."""
+
+PAIR = "pend-exp10,pend-mix10"
+"""Narrow expert data and a wide mixture: each naive method passes only one."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which runs: every method on all data, seed by seed."""
+
+    methods: Mapping[str, Any]
+    data: Sequence[str]
+    seeds: int
+    steps: int
+    width: int
+    batch: int
+    env: str | None = None
+    """Of files."""
+    references: tuple[float, float] | None = None
+    """Returns of score 0 and of score 100 there."""
+
+    def arms(self, method: Any, data: str) -> list[OfflineArm]:
+        """One a seed. On the pendulum all methods have the suite's discount, rates and scale of rewards; elsewhere their own."""
+        env = PENDULUM if data in SETS or self.env is None else self.env
+        given = (RANDOM, EXPERT) if data in SETS or self.references is None else self.references
+        scale = 0.1 if env == PENDULUM else 1.0
+        chosen = on_pendulum(method) if env == PENDULUM else method
+        every = max(self.steps // EVALUATIONS, 1)
+        return [
+            OfflineArm(chosen, data, OfflineSchedule(
+                steps=self.steps, batch=self.batch, width=self.width, reward_scale=scale, eval_every=every, seed=seed
+            ), env, given)
+            for seed in range(self.seeds)
+        ]  # fmt: skip
+
+    def check(self) -> None:
+        """Raises InputError for data that are not there, or not of the environment; before anything is trained."""
+        if not self.data:
+            raise InputError(f"--task: found no data; expected some of {', '.join(SETS)}, or a file of transitions and --env")
+        for one in self.data:
+            if one in SETS:
+                continue
+            if not Path(one).exists():
+                raise InputError(f"--task: found {one!r}; expected some of {', '.join(SETS)}, or a file of transitions and --env")
+            if self.env is None:
+                raise InputError(
+                    f"--env: found none; expected where policies from {one} are judged: pendulum, or a name of Gymnasium's"
+                )
+            if self.env != PENDULUM and self.references is None:
+                raise InputError(
+                    f"--references: found none; expected returns of score 0 and 100 in {self.env}, such as a random policy's and "
+                    "the best known: --references=-280,12135 are D4RL's of HalfCheetah, for the physics of its time"
+                )
+            found, env = transitions(one, 0).sizes, environment(self.env)
+            if found != (env.obs_size, env.action_size):
+                raise InputError(f"{one}: found sizes {found}; expected {(env.obs_size, env.action_size)}, as {self.env} has")
+
+
+def referenced(text: str | None) -> tuple[float, float] | None:
+    """`LOW,HIGH`. Raises InputError."""
+    if text is None:
+        return None
+    try:
+        low, high = (float(one) for one in text.split(","))
+    except ValueError:
+        low = high = 0.0
+    if not low < high:
+        raise InputError(f"--references: found {text!r}; expected two returns, the lower first, such as -1207,-153")
+    return low, high
+
+
+def compared(asked: Asked, folder: Path, tell: Callable[[str], object]) -> tuple[list[dict[str, Any]], Spec]:
+    """A row per method and data set, one over all data where there are several; and the picture of learning."""
+    asked.check()
+    arms = {(name, data): asked.arms(method, data) for name, method in asked.methods.items() for data in asked.data}
+    found = iter(Arms(folder, tell).run([arm for some in arms.values() for arm in some]))
+    runs = {key: [next(found) for _ in some] for key, some in arms.items()}
+    table, points = list[dict[str, Any]](), list[dict[str, Any]]()
+    measures = {f"score_{place}": data for place, data in enumerate(asked.data)}
+    for name in asked.methods:
+        for measure, data in measures.items():
+            table.append(ends(name, data, [runs[name, data]]))
+            points += averaged(name, measure, runs[name, data])
+        if len(asked.data) > 1:
+            table.append(ends(name, "all", [runs[name, data] for data in asked.data]))
+    titles = {measure: f"score, {Path(data).name}" for measure, data in measures.items()}
+    return table, learning(points, titles, COSTS)
+
+
+def ends(name: str, data: str, tasks: Sequence[Sequence[Rows]]) -> dict[str, Any]:
+    """Where a method's runs (tasks, seeds) end: the interquartile mean of scores, its interval, and each seed's mean over tasks."""
+    last = [[run[-1] for run in runs] for runs in tasks]
+    scores = np.array([[row["score"] for row in rows] for rows in last]).T
+    low, high = interval(scores)
+    seeds = {f"seed_{seed}": float(one) for seed, one in enumerate(scores.mean(axis=1))}
+    mean = {key: float(np.mean([row[key] for rows in last for row in rows])) for key in ("return", "cpu_seconds")}
+    return {
+        "method": name, "data": data, "iqm": interquartile_mean(scores), "low": low, "high": high, "return": mean["return"],
+        "steps": int(last[0][0]["step"]), "cpu_seconds": mean["cpu_seconds"], **seeds,
+    }  # fmt: skip
+
+
+def interval(scores: NDArray[np.float64]) -> tuple[float | None, float | None]:
+    """Of the interquartile mean of scores (seeds, tasks); none of one seed."""
+    return stratified_interval(scores) if len(scores) > 1 else (None, None)
+
+
+def averaged(name: str, measure: str, runs: Sequence[Rows]) -> list[dict[str, Any]]:
+    """Points of a line: the interquartile mean over seeds at every evaluation, with its interval."""
+    points = []
+    for rows in zip(*runs, strict=True):
+        scores = np.array([[row["score"]] for row in rows])
+        value, (low, high) = interquartile_mean(scores), interval(scores)
+        costs = {cost: float(np.mean([row[cost] for row in rows])) for cost in COSTS}
+        band = {f"{measure}_low": value if low is None else low, f"{measure}_high": value if high is None else high}
+        points.append({"method": name, **costs, measure: value, **band})
+    return points
