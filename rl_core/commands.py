@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,40 +76,78 @@ def train(
     settings: Annotated[
         Path | None, typer.Option("--settings", help="TOML: [method] and [schedule], fields as `show` names them.")
     ] = None,
-    task: Annotated[str, typer.Option("--task", help="addition or fillers.")] = "addition",
-    steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps; else the settings' own.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the prompts and the sampler.")] = None,
+    task: Annotated[str, typer.Option("--task", help="Of language models: addition or fillers.")] = "addition",
+    data: Annotated[
+        str | None, typer.Option("--data", help="Of control: a set of the pendulum such as pend-mix10, or a file of transitions.")
+    ] = None,
+    env: Annotated[str, typer.Option("--env", help="Of control: pendulum, or a name of Gymnasium's.")] = "pendulum",
+    steps: Annotated[int | None, typer.Option("--steps", help="Steps; else the settings' own.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the start, and of all that is drawn.")] = None,
     json_: AsJson = False,
 ) -> None:
-    """Train the small model by a method: imitation first, then rewards. pass@1 before, between and after."""
+    """Train by a method: the small language model on a task, or a policy of control on data or in an environment."""
     from rich.console import Console
     from rich.progress import Progress
 
     with bad_input("rl"):
-        from ope.data import InputError
-        from rl_core.settings import asked
-        from rl_core.trainers.token import Trainer, run
-        from rl_core.verify.token import TASKS, start
+        from rl_core.registry import family_of, named
 
-        if task not in TASKS:
-            raise InputError(f"--task: found {task!r}; expected {' or '.join(TASKS)}")
-        made, schedule = asked(method, settings, {"steps": steps, "seed": seed})
         console = Console(stderr=True)
         with Progress(transient=True, console=console, disable=not console.is_terminal) as bar:
-            shown = bar.add_task("imitation", total=schedule.steps)
-            trainer = Trainer(made, TASKS[task], schedule, start(task, out))
+            shown = bar.add_task("", total=None)
 
-            def tell(metrics: dict[str, float]) -> None:
-                told = f"reward {metrics['reward']:.3f}"
-                bar.update(shown, completed=metrics["step"], description=told)
+            def tell(done: float, total: int, told: str) -> None:
+                bar.update(shown, completed=done, total=total, description=told)
 
-            rows = run(trainer, out, tell)
-        measured = [row for row in rows if "pass_at_1" in row]
+            if family_of(type(named(method))) == "token":
+                rows = _train_tokens(method, out, settings, task, steps, seed, tell)
+                names = ("step", "rollouts", "cpu_seconds", "pass_at_1", "entropy", "ess")
+            else:
+                rows = _train_control(method, out, settings, data, env, steps, seed, tell)
+                names = ("step", "cpu_seconds", "return", *(("score",) if env == "pendulum" else ()))
         if json_:
-            typer.echo(json.dumps(measured, indent=2))
+            typer.echo(json.dumps(rows, indent=2))
             return
-        names = ("step", "rollouts", "cpu_seconds", "pass_at_1", "entropy", "ess")
-        _table(names, [{name: _short(row.get(name)) for name in names} for row in measured])
+        _table(names, [{name: _short(row.get(name)) for name in names} for row in rows])
+
+
+Tell = Callable[[float, int, str], None]
+
+
+def _train_tokens(
+    method: str, out: Path, settings: Path | None, task: str, steps: int | None, seed: int | None, tell: Tell
+) -> list[dict[str, float]]:
+    """Imitation first, then rewards. Rows at which pass@1 was measured."""
+    from ope.data import InputError
+    from rl_core.settings import asked
+    from rl_core.trainers.token import Trainer, run
+    from rl_core.verify.token import TASKS, start
+
+    if task not in TASKS:
+        raise InputError(f"--task: found {task!r}; expected {' or '.join(TASKS)}")
+    made, schedule = asked(method, settings, {"steps": steps, "seed": seed})
+    tell(0, schedule.steps, "imitation")
+    trainer = Trainer(made, TASKS[task], schedule, start(task, out))
+    rows = run(trainer, out, lambda row: tell(row["step"], schedule.steps, f"reward {row['reward']:.3f}"))
+    return [row for row in rows if "pass_at_1" in row]
+
+
+def _train_control(
+    method: str, out: Path, settings: Path | None, data: str | None, env: str, steps: int | None, seed: int | None, tell: Tell
+) -> list[dict[str, float]]:
+    """A row at every evaluation: the mean return of the policy, and on the pendulum its score."""
+    from functools import partial
+
+    from rl_core.trainers.control import course
+    from rl_core.verify.control import PENDULUM, environment, evaluated, transitions
+
+    logged = None if data is None else transitions(data, seed or 0)
+    told = {"data": data or "none", "env": env}
+    made = course(method, settings, data=logged, env=environment(env), steps=steps, seed=seed, told=told)
+    judge = partial(evaluated, seed=seed or 0, env=env)
+    tell(0, made.total, "return ?")
+    rows = made.run(judge, out, lambda row: tell(row["step"], made.total, f"return {row['return']:.1f}"))
+    return rows if env == PENDULUM else [{name: value for name, value in row.items() if name != "score"} for row in rows]
 
 
 @rl_app.command("eval")

@@ -47,7 +47,10 @@ class GymEnv:
     def _made(self) -> Any:
         import gymnasium
 
-        return gymnasium.make(self.name, **self.settings)
+        try:
+            return gymnasium.make(self.name, **self.settings)
+        except (gymnasium.error.Error, ModuleNotFoundError) as error:
+            raise InputError(f"{self.name}: found {error}; expected an environment of Gymnasium that is installed") from None
 
     def reset(self, count: int, rng: Generator) -> Floats:
         """So many fresh episodes, each with a seed of its own. Returns observations."""

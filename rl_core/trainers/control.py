@@ -1,0 +1,98 @@
+"""A run of any trainer of control, from a file of settings to rows of evaluations: from a log, from replay, from fresh batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ope.data import InputError
+from rl_core.config import from_table, to_table
+from rl_core.families.offline import Transitions, WithExploration
+from rl_core.registry import family_of, named
+from rl_core.settings import read_tables
+from rl_core.trainers.checkpoints import Rows, append_metrics, identity, read_checkpoint, write_checkpoint
+from rl_core.trainers.offline import Act, Environment, OfflineSchedule, OfflineTrainer
+from rl_core.trainers.online import OnlineSchedule, OnlineTrainer, ReplaySchedule, ReplayTrainer
+
+
+@dataclass(frozen=True)
+class Course:
+    """A trainer, how far it is, and what a stretch of it is."""
+
+    trainer: Any
+    done: Callable[[], int]
+    stretch: Callable[[int], object]
+    """Go on for at most so many steps."""
+    metrics: Callable[[], Mapping[str, float]]
+    total: int
+    every: int
+    """Steps between two evaluations."""
+    about: Mapping[str, Any]
+    """What run it is."""
+
+    def run(
+        self,
+        judge: Callable[[Act], Mapping[str, float]],
+        folder: Path | None = None,
+        progress: Callable[[Mapping[str, float]], object] = lambda metrics: None,
+    ) -> Rows:
+        """Steps to the end, from where the folder says it was; a row at every evaluation. A run that was killed goes on there."""
+        state, rows = read_checkpoint(folder, self.about, self.total)
+        if state is not None:
+            self.trainer.restore(state)
+        while self.done() < self.total:
+            until = min((self.done() // self.every + 1) * self.every, self.total)
+            while self.done() < until:
+                self.stretch(until - self.done())
+            rows.append({**self.metrics(), "step": self.done(), **judge(self.trainer.act)})
+            append_metrics(folder, rows[-1])
+            progress(rows[-1])
+            if folder is not None:
+                write_checkpoint(folder, self.trainer.state() | {"step": self.done()}, rows, self.about)
+        return rows
+
+
+def course(
+    name: str, settings: Path | None, *, data: Transitions | None, env: Environment, steps: int | None, seed: int | None,
+    evaluations: int = 10, told: Mapping[str, Any],
+) -> Course:  # fmt: skip
+    """The run that a command line asks for. `data`: a log, which offline methods need; `told`: names of data and environment.
+
+    Raises InputError for settings that no method or schedule has, and for an offline method without data.
+    """
+    tables = read_tables(settings)
+    made = named(name)
+    made = from_table(type(made), to_table(made) | tables.get("method", {}))
+    said = tables.get("schedule", {}) | ({} if seed is None else {"seed": seed})
+    online = family_of(type(made)) == "online"
+    if online and not isinstance(made, WithExploration):
+        schedule = from_table(OnlineSchedule, said | ({} if steps is None else {"steps": steps}))
+        fresh = OnlineTrainer(made, env, schedule)
+        rows = dict[str, float]()
+        return _course(
+            made, schedule, fresh, lambda: fresh.taken, lambda most: rows.update(fresh.advance()), lambda: dict(rows),
+            schedule.steps, evaluations, told,
+        )  # fmt: skip
+    schedule_ = from_table(OfflineSchedule, {"normalize": not online} | said | ({} if steps is None else {"steps": steps}))
+    if online:
+        collection = replace(from_table(ReplaySchedule, tables.get("collection", {})), learning=schedule_)
+        replay = ReplayTrainer(made, env, collection, data=data)
+        return _course(
+            made, schedule_, replay, lambda: replay.learner.step, replay.advance, replay.metrics, schedule_.steps, evaluations, told
+        )
+    if data is None:
+        raise InputError(f"--data: found none; expected a set of the pendulum, or a file of transitions, which {name} learns from")
+    offline = OfflineTrainer(made, data, schedule_)
+    return _course(
+        made, schedule_, offline, lambda: offline.step, offline.advance, offline.metrics, schedule_.steps, evaluations, told
+    )
+
+
+def _course(
+    method: Any, schedule: Any, trainer: Any, done: Callable[[], int], stretch: Callable[[int], object],
+    metrics: Callable[[], Mapping[str, float]], total: int, evaluations: int, told: Mapping[str, Any],
+) -> Course:  # fmt: skip
+    about = identity(method, schedule, **told)
+    return Course(trainer, done, stretch, metrics, total, max(total // evaluations, 1), about)

@@ -1,0 +1,66 @@
+"""`propel rl train` for policies of control: from a log, from replay, from fresh batches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from propel import app
+
+RUNNER = CliRunner()
+SMALL = "[schedule]\nwidth = 16\n[collection]\nwarmup = 200\n"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def train(folder: Path, *words: str) -> list[dict[str, Any]]:
+    (folder / "settings.toml").write_text(SMALL)
+    result = RUNNER.invoke(
+        app, ["rl", "train", *words, "--out", str(folder / "out"), "--settings", str(folder / "settings.toml"), "--json"]
+    )
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    found: list[dict[str, Any]] = json.loads(result.stdout)
+    return found
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("td3bc", "--data", "pend-mix10"), ("sac",), ("ControlPPO",)],
+    ids=lambda words: words[0],
+)
+def test_a_run_goes_on_where_it_was_stopped(words: tuple[str, ...], tmp_path: Path) -> None:
+    steps = {"td3bc": (20, 40), "sac": (20, 40), "ControlPPO": (4096, 8192)}[words[0]]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+    expected = train(whole, *words, "--steps", str(steps[1]))
+    assert [row["step"] for row in expected][-1] == steps[1]
+    train(parts, *words, "--steps", str(steps[0]))
+    found = train(parts, *words, "--steps", str(steps[1]))
+    last = {name: value for name, value in found[-1].items() if name in ("step", "return", "score")}
+    assert last == {name: expected[-1][name] for name in last}
+    assert len((parts / "out" / "metrics.jsonl").read_text().splitlines()) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["td3bc"], "--data: found none; expected a set of the pendulum"),
+        (["td3bc", "--data", "nowhere.parquet"], "nowhere.parquet"),
+        (["bc", "--data", "pend-exp10", "--steps", "0"], "steps: found 0; expected at least 1"),
+        (["sac", "--env", "Chess-v0"], "Chess-v0"),
+    ],
+)
+def test_what_cannot_be_is_refused(words: list[str], said: str, tmp_path: Path) -> None:
+    result = RUNNER.invoke(app, ["rl", "train", *words, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2, (result.stdout, result.exception)
+    assert said in result.stderr.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
