@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 LIBGOMP := sh -c 'test "$$(id -u)" = 0 && { apt-get install -y libgomp1 || { apt-get update && apt-get install -y libgomp1; }; }'
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test static tests faults verify bench-ope bench-bandits bench-logs bench-nightly bench-serve bench-loop bench-rl clean
+.PHONY: demo test static tests faults verify verify-cheetah bench-ope bench-bandits bench-logs bench-nightly bench-serve bench-loop bench-rl clean
 
 demo: .venv/.demo
 	$(BIN)/propel demo
@@ -26,11 +26,19 @@ faults: .venv/.dev
 	PROPEL_KILLS=60 $(BIN)/python -m pytest tests/faults tests/nightly/test_ingest.py tests/bandits/test_sampling.py
 
 # what only many runs can show: an hour. Runs that are done are kept in .verify, and not made again
-VERIFIED = reinforce grpo rec opmd asymre bapo
+VERIFIED = reinforce grpo rec opmd asymre bapo mdpo bc td3 td3bc iql awac cql prdc
 verify: .venv/.dev
 	$(BIN)/python -m tests.verify.closed_loop --runs 200
 	$(BIN)/python -m benchmarks.loop --decisions 1000000 --folder .verify/loop
 	for method in $(VERIFIED); do $(BIN)/propel rl verify $$method || exit 1; done
+
+# scores on a data set of our own making: an hour and more. Needs MuJoCo; runs that are done are kept
+verify-cheetah: .venv/.dev
+	$(PIP) '.[mujoco]'
+	test -f $(CHEETAH) || $(BIN)/propel rl data make halfcheetah --quality medium-replay --seed 1 --to $(CHEETAH)
+	$(BIN)/propel rl compare --methods BC,TD3BC,IQL,PRDC --task $(CHEETAH) --env HalfCheetah-v5 --references=-286,5159 \
+		--steps 50000 --width 128 --batch 128 --seeds 3 --to .verify/cheetah
+CHEETAH = .verify/cheetah-medium-replay.parquet
 
 bench-ope: .venv/.demo
 	$(BIN)/python -m benchmarks.ope --rounds 1000000 --actions 10
@@ -54,6 +62,7 @@ bench-loop: .venv/.dev
 
 bench-rl: .venv/.dev
 	$(BIN)/python -m benchmarks.rl_token
+	$(BIN)/python -m benchmarks.rl_control --search
 
 clean:
 	rm -rf .venv propel-demo .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from bandits.events import canonical
 from bandits.policy import POLICIES, Policy
 from bandits.posteriors import BayesianLinear, BetaBernoulli, NormalMean
-from bandits.scorers import Calibrated, Calibration, Linear, Trees
+from bandits.scorers import Calibrated, Calibration, Linear, Perceptron, Trees
 from ope.data import InputError
 
 KINDS: dict[str, type[Any]] = {
     **{policy.kind: policy for policy in POLICIES},
     "linear": Linear,
+    "perceptron": Perceptron,
     "trees": Trees,
     "calibrated": Calibrated,
     "calibration": Calibration,

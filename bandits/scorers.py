@@ -1,4 +1,4 @@
-"""Scores of actions, from which policies are made: linear, boosted trees, or several at once. Frozen arrays and settings.
+"""Scores of actions, from which policies are made: linear, perceptrons, boosted trees, or several at once. Frozen arrays and settings.
 
 One row scores to the same bits as a million, and as one padded to a longer set: every score is a dot product of its own.
 """
@@ -6,6 +6,7 @@ One row scores to the same bits as a million, and as one padded to a longer set:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -83,6 +84,54 @@ class Linear:
             f"found {d} context features, {k} actions, {p} action features; expected weights for {len(self.context_weights)}, "
             f"{len(self.bias)} and {len(self.action_weights)}: score with the schema that the policy was fitted on"
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Perceptron:
+    """Layers h ↦ f(h·W + b) of the context, the last without f, so that scores may bend: `rl_core.one_step` learns some."""
+
+    weights: tuple[FloatArray, ...]
+    """W (in, out) of every layer: d goes into the first, k come out of the last"""
+    biases: tuple[FloatArray, ...]
+    """b (out,) of every layer"""
+    activation: Literal["relu", "tanh"] = "tanh"
+    """f"""
+    kind: ClassVar[str] = "perceptron"
+
+    def __post_init__(self) -> None:
+        if self.activation not in ("relu", "tanh"):
+            raise InputError(f"found activation={self.activation!r}; expected 'relu' or 'tanh'")
+        # By columns, as `Linear` has its weights: each output is a dot product along memory.
+        object.__setattr__(self, "weights", tuple(frozen(weight, order="F") for weight in self.weights))
+        object.__setattr__(self, "biases", tuple(frozen(bias) for bias in self.biases))
+        found = [(weight.shape, bias.shape) for weight, bias in zip(self.weights, self.biases, strict=False)]
+        good = len(self.weights) == len(self.biases) > 0
+        good = good and all(len(w) == 2 and w[1] > 0 and b == w[1:] for w, b in found)
+        if not good or any(before[1] != after[0] for (before, _), (after, _) in pairwise(found)):
+            raise InputError(
+                f"found {len(self.weights)} weights and {len(self.biases)} biases, of shapes {found}; "
+                "expected as many of both, at least one: (in, out) and (out,), where what goes out of a layer goes into the next"
+            )
+
+    def scores(self, batch: DecisionBatch) -> FloatArray:
+        """Scores (n, k). Raises InputError where the batch has other features or actions than the layers."""
+        d, k, p = batch.context.shape[1], batch.eligible.shape[1], batch.action_features.shape[2]
+        inputs, outputs = len(self.weights[0]), len(self.biases[-1])
+        if (d, k, p) != (inputs, outputs, 0):
+            raise InputError(
+                f"found {d} context features, {k} actions, {p} action features; expected {inputs}, {outputs} and 0: "
+                "score with the schema that the policy was fitted on"
+            )
+        hidden: FloatArray = np.ascontiguousarray(batch.context)  # other strides would add in another order
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            if layer and self.activation == "tanh":
+                np.tanh(hidden, out=hidden)
+            elif layer:
+                np.maximum(hidden, 0.0, out=hidden)
+            # A dot product for each output, which knows nothing of other rows: the bits of a matrix product depend on their number.
+            hidden = np.vecdot(hidden[:, None, :], weight.T)
+            hidden += bias
+        return hidden
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -113,9 +113,7 @@ def _prdc(arms: Arms, pairs: Sequence[int]) -> list[Margin]:
 
 
 SUITE: Mapping[str, Experiment] = {
-    "BC": Experiment(
-        "the pendulum's four data sets, and their best tenth", PAIRS, partial(acceptance, names=("BC", "10 % BC"))
-    ),
+    "BC": Experiment("the pendulum's four data sets, and their best tenth", PAIRS, partial(acceptance, names=("BC", "10 % BC"))),
     "TD3": Experiment("the analytic pendulum's four data sets, of which the narrow one must defeat it", PAIRS, _td3),
     **{
         name: Experiment("the analytic pendulum's four data sets", PAIRS, partial(acceptance, names=(name,)))
