@@ -1,4 +1,4 @@
-"""Scores of actions, from which policies are made: linear, perceptrons, boosted trees, or several at once. Frozen arrays and settings.
+"""Scores of actions, from which policies are made: linear, perceptrons, boosted trees, or several. Frozen arrays and settings.
 
 One row scores to the same bits as a million, and as one padded to a longer set: every score is a dot product of its own.
 """

@@ -33,14 +33,15 @@ class BC:
         defaults={
             "stochastic": "CORL: no, a deterministic policy and squared errors",
             "top": "BC: everything; 10 % BC: 0.1",
-            "discount": "CORL: 0.99, for the order of episodes alone",
+            "episode_discount": "CORL: 0.99, for the order of episodes alone",
             "rate": "CORL: Adam 3e-4, batch 256",
         },
     )
     stochastic: bool = False
     top: float | None = None
     """Share of the episodes that is learned from."""
-    discount: float = 0.99
+    episode_discount: float = 0.99
+    """Of the returns by which episodes are ordered."""
     rate: float = 3e-4
 
     def __post_init__(self) -> None:
@@ -69,7 +70,7 @@ class BC:
         if self.top is None:
             return torch.arange(len(data), device=data.reward.device)
         episode = numbered(data)
-        earned = discounted(data.reward, episode, self.discount)
+        earned = discounted(data.reward, episode, self.episode_discount)
         count = max(1, int(self.top * len(earned) + 1e-9))  # 0.29·100 is 28.99...
         best = earned.argsort(descending=True, stable=True)[:count]
         return torch.isin(episode, best).nonzero()[:, 0]

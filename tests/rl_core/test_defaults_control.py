@@ -28,7 +28,7 @@ def plan(**changes: Any) -> Origin:
 
 DEFAULTS: dict[str, dict[str, Origin]] = {
     "BC": {
-        "stochastic": Origin(False, None, False), "top": Origin("none"), "discount": Origin(0.99, None, 0.99),
+        "stochastic": Origin(False, None, False), "top": Origin("none"), "episode_discount": Origin(0.99, None, 0.99),
         "rate": Origin(3e-4, None, 3e-4),
     },
     "TD3": {"twin": TWIN},

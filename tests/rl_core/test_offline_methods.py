@@ -198,11 +198,11 @@ def episodes(*rewards: list[float]) -> Transitions:
 
 def test_the_best_episodes_are_found_by_what_they_earned_discounted() -> None:
     data = episodes([1.0, 1.0, 1.0], [0.0, 0.0, 3.5], [3.0], [1.0, 1.0])  # 1.75, .875, 3 and 1.5 at discount ½
-    assert BC(top=0.25, discount=0.5).select(data).tolist() == [6]
-    assert BC(top=0.5, discount=0.5).select(data).tolist() == [0, 1, 2, 6]
-    assert BC(top=0.75, discount=0.5).select(data).tolist() == [0, 1, 2, 6, 7, 8]  # the open one counts, too
-    assert BC(top=0.25, discount=1.0).select(data).tolist() == [3, 4, 5]
-    assert BC(top=0.01, discount=0.5).select(data).tolist() == [6]  # never none
+    assert BC(top=0.25, episode_discount=0.5).select(data).tolist() == [6]
+    assert BC(top=0.5, episode_discount=0.5).select(data).tolist() == [0, 1, 2, 6]
+    assert BC(top=0.75, episode_discount=0.5).select(data).tolist() == [0, 1, 2, 6, 7, 8]  # the open one counts, too
+    assert BC(top=0.25, episode_discount=1.0).select(data).tolist() == [3, 4, 5]
+    assert BC(top=0.01, episode_discount=0.5).select(data).tolist() == [6]  # never none
     assert BC().select(data).tolist() == list(range(9))
 
 
@@ -215,12 +215,12 @@ def test_a_return_is_not_rounded_to_the_next_one() -> None:
     """The best of 10 episodes by 1e-8 of what they earned, which float32 cannot tell from 1,000."""
     rewards = [[1.0] * 1000 for _ in range(10)]
     rewards[7][0] += 1e-5
-    assert BC(top=0.1, discount=1.0).select(episodes(*rewards)).tolist() == list(range(7000, 8000))
+    assert BC(top=0.1, episode_discount=1.0).select(episodes(*rewards)).tolist() == list(range(7000, 8000))
 
 
 def test_what_is_not_selected_is_not_seen() -> None:
     data = episodes([1.0, 1.0, 1.0], [0.0, 0.0, 3.5], [3.0], [1.0, 1.0])
-    run = OfflineTrainer(BC(top=0.5, discount=0.5), data, SCHEDULE)
+    run = OfflineTrainer(BC(top=0.5, episode_discount=0.5), data, SCHEDULE)
     assert run.buffer.all().reward.tolist() == [1, 1, 1, 3]
 
 
