@@ -39,13 +39,15 @@ def compare(
         typer.Option("--task", help="addition or fillers; of offline methods comma-separated sets of the pendulum, or files."),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of every method, on all data.")] = 3,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimiser steps of a run: 160; offline 6,000.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Steps of a run: 160; offline 6,000; online 20,000, of the environment.")
+    ] = None,
     sync: Annotated[int, typer.Option("--sync-interval", min=1, help="Steps until the sampler is refreshed.")] = 1,
-    width: Annotated[int, typer.Option("--width", min=1, help="Offline: of two hidden layers.")] = 64,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Offline: rows of a step.")] = 128,
+    width: Annotated[int, typer.Option("--width", min=1, help="Control: of two hidden layers.")] = 64,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Control: rows of a step, from a log or from replay.")] = 128,
     env: Annotated[str | None, typer.Option("--env", help="Offline: where policies from files are judged.")] = None,
     references: Annotated[
-        str | None, typer.Option("--references", help="Offline: returns of score 0 and 100 there, LOW,HIGH.")
+        str | None, typer.Option("--references", help="Control: returns of score 0 and 100 there, LOW,HIGH.")
     ] = None,
     folder: Annotated[Path, typer.Option("--folder", help="Where finished runs are kept, and read from.")] = Path(".verify/rl"),
     as_json: AsJsonObject = False,
@@ -66,7 +68,17 @@ def compare(
         def tell(text: str) -> None:
             terminal.print(text, style="dim")
 
-        if _family(asked) == "offline":
+        family = _family(asked)
+        if family == "online":
+            from pipelines.rl_control import AskedOnline, compared, referenced
+
+            data = split("pendulum" if task is None else task) or []
+            table, spec = compared(
+                AskedOnline(asked, data, seeds, 20_000 if steps is None else steps, width, batch, referenced(references)),
+                folder,
+                tell,
+            )
+        elif family == "offline":
             from pipelines.rl_control import PAIR, Asked, compared, referenced
 
             data = split(PAIR if task is None else task) or []
@@ -97,15 +109,15 @@ def compare(
 
 
 def _family(asked: Mapping[str, Any]) -> str:
-    """The one family of all methods, token or offline. Raises InputError."""
+    """The one family of all methods. Raises InputError."""
     from ope.data import InputError
     from rl_core.registry import family_of
 
     found = {name: family_of(type(method)) for name, method in asked.items()}
     kinds = set(found.values())
-    if len(kinds) != 1 or not kinds <= {"token", "offline"}:
+    if len(kinds) != 1 or not kinds <= {"token", "offline", "online"}:
         said = ", ".join(f"{name} of the {family} family" for name, family in found.items()) or "none"
-        raise InputError(f"--methods: found {said}; expected methods of one family, token or offline")
+        raise InputError(f"--methods: found {said}; expected methods of one family: token, offline or online")
     return kinds.pop()
 
 

@@ -17,9 +17,9 @@ from rl_core.envs.pendulum import EXPERT, RANDOM, SETS
 from rl_core.trainers.checkpoints import Rows
 from rl_core.trainers.offline import OfflineSchedule
 from rl_core.verify.arms import Arms
-from rl_core.verify.control import PENDULUM, OfflineArm, environment, on_pendulum, transitions
+from rl_core.verify.control import PENDULUM, OfflineArm, OnlineArm, environment, on_pendulum, transitions
 
-COSTS: Mapping[str, str] = {"step": "gradient steps", "cpu_seconds": "CPU seconds"}
+COSTS: dict[str, str] = {"step": "gradient steps", "cpu_seconds": "CPU seconds"}
 
 EVALUATIONS = 8
 """Of a run."""
@@ -80,6 +80,38 @@ class Asked:
                 raise InputError(f"{one}: found sizes {found}; expected {(env.obs_size, env.action_size)}, as {self.env} has")
 
 
+@dataclass(frozen=True)
+class AskedOnline:
+    """Which runs of methods that collect for themselves: every method in every environment, seed by seed."""
+
+    methods: Mapping[str, Any]
+    data: Sequence[str]
+    """Environments."""
+    seeds: int
+    steps: int
+    """Of the environment."""
+    width: int
+    batch: int
+    references: tuple[float, float] | None = None
+
+    def arms(self, method: Any, data: str) -> list[OnlineArm]:
+        """One a seed; the pendulum has settings of its own."""
+        home = data == PENDULUM
+        given = (RANDOM, EXPERT) if home or self.references is None else self.references
+        chosen, scale = (on_pendulum(method), 0.1) if home else (method, 1.0)
+        return [
+            OnlineArm(chosen, data, self.steps, seed, self.width, self.batch, scale, given, EVALUATIONS)
+            for seed in range(self.seeds)
+        ]
+
+    def check(self) -> None:
+        """Raises InputError for environments that are not there, or have no scores."""
+        for one in self.data:
+            environment(one)
+            if one != PENDULUM and self.references is None:
+                raise InputError(f"--references: found none; expected returns of score 0 and 100 in {one}")
+
+
 def referenced(text: str | None) -> tuple[float, float] | None:
     """`LOW,HIGH`. Raises InputError."""
     if text is None:
@@ -93,7 +125,7 @@ def referenced(text: str | None) -> tuple[float, float] | None:
     return low, high
 
 
-def compared(asked: Asked, folder: Path, tell: Callable[[str], object]) -> tuple[list[dict[str, Any]], Spec]:
+def compared(asked: Asked | AskedOnline, folder: Path, tell: Callable[[str], object]) -> tuple[list[dict[str, Any]], Spec]:
     """A row per method and data set, one over all data where there are several; and the picture of learning."""
     asked.check()
     arms = {(name, data): asked.arms(method, data) for name, method in asked.methods.items() for data in asked.data}
@@ -108,7 +140,8 @@ def compared(asked: Asked, folder: Path, tell: Callable[[str], object]) -> tuple
         if len(asked.data) > 1:
             table.append(ends(name, "all", [runs[name, data] for data in asked.data]))
     titles = {measure: f"score, {Path(data).name}" for measure, data in measures.items()}
-    return table, learning(points, titles, COSTS)
+    steps = "gradient steps" if isinstance(asked, Asked) else "environment steps"
+    return table, learning(points, titles, COSTS | {"step": steps})
 
 
 def ends(name: str, data: str, tasks: Sequence[Sequence[Rows]]) -> dict[str, Any]:

@@ -65,28 +65,38 @@ def course(
     tables = read_tables(settings)
     made = named(name)
     made = from_table(type(made), to_table(made) | tables.get("method", {}))
-    said = tables.get("schedule", {}) | ({} if seed is None else {"seed": seed})
+    said = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
+    schedule, collection = tables.get("schedule", {}) | said, tables.get("collection", {})
+    return course_of(made, schedule, collection, data=data, env=env, evaluations=evaluations, told=told)
+
+
+def course_of(
+    made: Any, schedule: Mapping[str, Any], collection: Mapping[str, Any], *, data: Transitions | None, env: Environment,
+    evaluations: int = 10, told: Mapping[str, Any],
+) -> Course:  # fmt: skip
+    """A method's run by the trainer of its family, from tables of schedule and, for replay, of collection. Raises InputError."""
     online = family_of(type(made)) == "online"
     if online and not isinstance(made, WithExploration):
-        schedule = from_table(OnlineSchedule, said | ({} if steps is None else {"steps": steps}))
-        fresh = OnlineTrainer(made, env, schedule)
+        fresh_schedule = from_table(OnlineSchedule, schedule)
+        fresh = OnlineTrainer(made, env, fresh_schedule)
         rows = dict[str, float]()
         return _course(
-            made, schedule, fresh, lambda: fresh.taken, lambda most: rows.update(fresh.advance()), lambda: dict(rows),
-            schedule.steps, evaluations, told,
+            made, fresh_schedule, fresh, lambda: fresh.taken, lambda most: rows.update(fresh.advance()), lambda: dict(rows),
+            fresh_schedule.steps, evaluations, told,
         )  # fmt: skip
-    schedule_ = from_table(OfflineSchedule, {"normalize": not online} | said | ({} if steps is None else {"steps": steps}))
+    learning = from_table(OfflineSchedule, {"normalize": not online, **schedule})
     if online:
-        collection = replace(from_table(ReplaySchedule, tables.get("collection", {})), learning=schedule_)
-        replay = ReplayTrainer(made, env, collection, data=data)
+        replay = ReplayTrainer(made, env, replace(from_table(ReplaySchedule, collection), learning=learning), data=data)
         return _course(
-            made, schedule_, replay, lambda: replay.learner.step, replay.advance, replay.metrics, schedule_.steps, evaluations, told
+            made, learning, replay, lambda: replay.learner.step, replay.advance, replay.metrics, learning.steps, evaluations, told
         )
     if data is None:
-        raise InputError(f"--data: found none; expected a set of the pendulum, or a file of transitions, which {name} learns from")
-    offline = OfflineTrainer(made, data, schedule_)
+        raise InputError(
+            f"--data: found none; expected a set of the pendulum, or a file of transitions, which {type(made).__name__} learns from"
+        )
+    offline = OfflineTrainer(made, data, learning)
     return _course(
-        made, schedule_, offline, lambda: offline.step, offline.advance, offline.metrics, schedule_.steps, evaluations, told
+        made, learning, offline, lambda: offline.step, offline.advance, offline.metrics, learning.steps, evaluations, told
     )
 
 

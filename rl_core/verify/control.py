@@ -14,9 +14,10 @@ from rl_core.config import to_table
 from rl_core.data import read
 from rl_core.envs.gym import GymEnv
 from rl_core.envs.pendulum import EXPERT, RANDOM, SETS, Pendulum, dataset
-from rl_core.families.offline import OfflineMethod, Transitions
+from rl_core.families.offline import OfflineMethod, Transitions, WithExploration
 from rl_core.methods.td3 import Twin
 from rl_core.trainers.checkpoints import Rows
+from rl_core.trainers.control import course_of
 from rl_core.trainers.offline import Act, Environment, OfflineSchedule, OfflineTrainer, returns, run
 from rl_core.verify.arms import code_of, digest
 
@@ -65,6 +66,49 @@ class OfflineArm:
         trainer = OfflineTrainer(self.method, transitions(self.data, self.schedule.seed), self.schedule)
         judge = partial(evaluated, seed=self.schedule.seed, env=self.env, references=self.references)
         return run(trainer, judge)
+
+
+@dataclass(frozen=True)
+class OnlineArm:
+    """A method that collects for itself, in an environment: 2,048 fresh steps a batch from 16 episodes side by side, or replay."""
+
+    method: Any
+    env: str
+    steps: int
+    seed: int
+    width: int = 64
+    batch: int = 128
+    reward_scale: float = 1.0
+    references: tuple[float, float] = (RANDOM, EXPERT)
+    evaluations: int = 8
+
+    @property
+    def name(self) -> str:
+        """What progress calls it."""
+        return f"{type(self.method).__name__} in {self.env}, seed {self.seed}"
+
+    def lacks(self, folder: Path) -> str:
+        """Nothing."""
+        return ""
+
+    def key(self) -> str:
+        """Digest of all that tells it from others, and of the code."""
+        method = {"method": type(self.method).__name__} | to_table(self.method)
+        rest = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "method"}
+        return digest({"method": method, **rest, "code": code_of(__name__, type(self.method).__module__)})
+
+    def begin(self, folder: Path) -> None:
+        """Nothing to make."""
+
+    def run(self, folder: Path) -> Rows:
+        """A row at every evaluation."""
+        shared = {"steps": self.steps, "width": self.width, "reward_scale": self.reward_scale, "seed": self.seed}
+        replay = isinstance(self.method, WithExploration)
+        schedule = shared | ({"batch": self.batch} if replay else {"count": 16, "horizon": 128, "normalize": True})
+        made = course_of(
+            self.method, schedule, {"warmup": 1000}, data=None, env=environment(self.env), evaluations=self.evaluations, told={}
+        )
+        return made.run(partial(evaluated, seed=self.seed, env=self.env, references=self.references))
 
 
 def transitions(data: str, seed: int) -> Transitions:

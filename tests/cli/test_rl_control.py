@@ -64,3 +64,14 @@ def test_what_cannot_be_is_refused(words: list[str], said: str, tmp_path: Path) 
     assert result.exit_code == 2, (result.stdout, result.exception)
     assert said in result.stderr.replace("\n", " ")
     assert not (tmp_path / "out").exists()
+
+
+def test_methods_that_collect_are_compared_by_steps_of_the_environment(tmp_path: Path) -> None:
+    words = ["rl", "compare", "--methods", "SAC,TRPO", "--seeds", "1", "--steps", "2048", "--width", "16", "--batch", "8"]
+    result = RUNNER.invoke(app, [*words, "--to", str(tmp_path / "to"), "--folder", str(tmp_path / "arms"), "--json"])
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    found = json.loads(result.stdout)
+    assert [(row["method"], row["data"], row["steps"]) for row in found] == [("SAC", "pendulum", 2048), ("TRPO", "pendulum", 2048)]
+    assert "environment steps" in (tmp_path / "to" / "compare.svg").read_text()
+    refused = RUNNER.invoke(app, ["rl", "compare", "--methods", "SAC,TD3BC", "--to", str(tmp_path / "no")])
+    assert (refused.exit_code, "expected methods of one family: token, offline or online" in refused.stderr) == (2, True)
