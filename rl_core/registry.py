@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from ope.data import InputError
+from rl_core.families.imitation import ImitationMethod
 from rl_core.families.offline import OfflineMethod
 from rl_core.families.online import OnlineMethod
 from rl_core.families.token import TokenMethod
+from rl_core.methods.ailboost import AILBoost
 from rl_core.methods.asymre import AsymRE
 from rl_core.methods.awac import AWAC
 from rl_core.methods.bapo import BAPO, RECOMMENDED
 from rl_core.methods.bc import BC
 from rl_core.methods.cql import CQL
+from rl_core.methods.dac import DAC
 from rl_core.methods.grpo import GRPO, KIN
 from rl_core.methods.iql import IQL
 from rl_core.methods.mdpo import MDPO, OffPolicyMDPO
@@ -28,12 +31,13 @@ from rl_core.methods.td3 import TD3
 from rl_core.methods.td3_bc import TD3BC
 from rl_core.methods.trpo import TRPO
 
-Method = TokenMethod | OfflineMethod | OnlineMethod
+Method = TokenMethod | OfflineMethod | OnlineMethod | ImitationMethod
 
 FAMILIES: Mapping[str, tuple[type[Any], ...]] = {
     "token": (REINFORCE, PPO, GRPO, REC, OPMD, TrinityOPMD, PairwiseOPMD, AsymRE, BAPO),
     "offline": (BC, TD3, TD3BC, IQL, AWAC, CQL, PRDC),
     "online": (ControlPPO, TRPO, MDPO, SAC, OffPolicyMDPO),
+    "imitation": (DAC, AILBoost),
 }
 METHODS: tuple[type[Any], ...] = tuple(method for methods in FAMILIES.values() for method in methods)
 

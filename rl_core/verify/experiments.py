@@ -18,7 +18,7 @@ from rl_core.methods.rec import REC, VARIANTS
 from rl_core.methods.reinforce import REINFORCE
 from rl_core.trainers.checkpoints import Rows
 from rl_core.trainers.token import Schedule
-from rl_core.verify import mirror
+from rl_core.verify import boosting, imitation, mirror
 from rl_core.verify.arms import Arms
 from rl_core.verify.margins import SEEDS, Experiment, Margin, above, at_least, at_most, mean
 from rl_core.verify.suite import SUITE
@@ -221,6 +221,10 @@ def _moves(rows: Rows) -> float:
     return sum(steps) / len(steps)
 
 
+def _ailboost(arms: Arms, seeds: Sequence[int]) -> list[Margin]:
+    return [*boosting.margins(boosting.measured()), *imitation.margins(arms, seeds)]
+
+
 def _mdpo(arms: Arms, seeds: Sequence[int]) -> list[Margin]:
     found = mirror.measured(mirror.tables(len(seeds)))
     return [
@@ -242,6 +246,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         "the controller on synthetic batches; sums after fillers, with longer failures and a stale sampler", SEEDS, _bapo
     ),
     **SUITE,
+    "AILBoost": Experiment("random decision processes with exact occupancies; 80 rows of the pendulum's expert", SEEDS, _ailboost),
     "MDPO": Experiment("random decision processes with exact advantages and noise, beside policy gradient and PPO", 20, _mdpo),
 }
 

@@ -26,6 +26,20 @@ def plan(**changes: Any) -> Origin:
     return Origin(shared | changes)
 
 
+SAC = {
+    "kind": "SAC", "discount": 0.99, "tau": 0.005, "actor_rate": 1e-4, "critic_rate": 1e-4, "temperature_rate": 1e-4,
+    "temperature": 1.0, "learns_temperature": True, "form": "log", "target_entropy": "none",
+}  # fmt: skip
+"""With the rates of AILBoost's code."""
+
+
+def rounds(**changes: Any) -> dict[str, Any]:
+    """Of learners, where they are not AILBoost's."""
+    shared = {"kind": "Plan", "steps": 1000, "rl_every": 2, "judge_steps": 100, "judge_every": "none", "against": "mixture",
+              "samples": 1000, "rolls": 2, "learners": 60, "replay": "uniform"}  # fmt: skip
+    return shared | changes
+
+
 DEFAULTS: dict[str, dict[str, Origin]] = {
     "BC": {
         "stochastic": Origin(False, None, False), "top": Origin("none"), "episode_discount": Origin(0.99, None, 0.99),
@@ -78,6 +92,17 @@ DEFAULTS: dict[str, dict[str, Origin]] = {
         "kl_coef": Origin(1.0, 1.0, 1.0), "entropy_coef": Origin(0.2, None, 0.2), "refresh": Origin(1000, 1000, 1000),
         "discount": Origin(0.99, 0.99, 0.99), "tau": Origin(0.005, None, 0.005), "rate": Origin(3e-4, 3e-4, 3e-4),
         "penalty": Origin(1e-3, None, 1e-3), "samples": Origin(True, True, False),
+    },
+    "DAC": {
+        "divergence": Origin({"kind": "JensenShannon"}), "penalty": Origin(10.0, None, 10.0), "bounded": Origin(True, None, True),
+        "judge_rate": Origin(1e-4, None, 1e-4), "sac": Origin(SAC), "plan": Origin(rounds(
+            judge_steps=0, judge_every=1, against="replay", learners=1
+        )),
+    },
+    "AILBoost": {
+        "alpha": Origin(0.05, None, 0.05), "negative": Origin("keep", None, "keep"), "divergence": Origin({"kind": "ReverseKL"}),
+        "penalty": Origin(10.0, None, 10.0), "bounded": Origin(True, None, True), "judge_rate": Origin(1e-4, None, 1e-4),
+        "sac": Origin(SAC), "plan": Origin(rounds()),
     },
 }  # fmt: skip
 
