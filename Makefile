@@ -26,7 +26,7 @@ faults: .venv/.dev
 	PROPEL_KILLS=60 $(BIN)/python -m pytest tests/faults tests/nightly/test_ingest.py tests/bandits/test_sampling.py
 
 # what only many runs can show: an hour. Runs that are done are kept in .verify, and not made again
-VERIFIED = reinforce grpo rec opmd asymre bapo mdpo ailboost bc td3 td3bc iql awac cql prdc
+VERIFIED = reinforce grpo rec opmd asymre bapo mdpo sac ailboost bc td3 td3bc iql awac cql prdc
 verify: .venv/.dev
 	$(BIN)/python -m tests.verify.closed_loop --runs 200
 	$(BIN)/python -m benchmarks.loop --decisions 1000000 --folder .verify/loop

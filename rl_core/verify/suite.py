@@ -1,4 +1,4 @@
-"""The analytic pendulum's suite: what each offline method must reach on narrow, wide, noisy and random data."""
+"""What baselines of control must reach: offline ones on narrow, wide, noisy and random data of the pendulum, online ones there."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from rl_core.methods.awac import AWAC
 from rl_core.methods.bc import BC
 from rl_core.methods.cql import CQL
 from rl_core.methods.iql import IQL
+from rl_core.methods.ppo_control import ControlPPO
 from rl_core.methods.prdc import PRDC
+from rl_core.methods.sac import SAC
 from rl_core.methods.td3 import TD3
 from rl_core.methods.td3_bc import TD3BC
 from rl_core.trainers.offline import OfflineSchedule
 from rl_core.verify.arms import Arms
-from rl_core.verify.control import SMALL, TWIN, OfflineArm, on_pendulum
+from rl_core.verify.control import PENDULUM, SMALL, TWIN, OfflineArm, OnlineArm, on_pendulum
 from rl_core.verify.margins import Experiment, Margin, at_least, at_most
 
 PAIRS = 5
@@ -112,6 +114,19 @@ def _prdc(arms: Arms, pairs: Sequence[int]) -> list[Margin]:
     ]
 
 
+def _sac(arms: Arms, seeds: Sequence[int]) -> list[Margin]:
+    method = SAC(discount=0.98, actor_rate=1e-3, critic_rate=1e-3, temperature_rate=1e-3)
+    rows = arms.run([OnlineArm(method, PENDULUM, 8000, seed, reward_scale=0.1, evaluations=20) for seed in seeds])
+    found = [statistics.mean(row["return"] for row in one[-10:]) for one in rows]
+    return [at_least("the mean of a run's last 10 evaluations, the smallest", min(found), -250)]
+
+
+def _ppo(arms: Arms, seeds: Sequence[int]) -> list[Margin]:
+    wanted = [OnlineArm(ControlPPO(), "InvertedPendulum-v5", 40_960, seed, references=(0.0, 1000.0)) for seed in seeds]
+    found = sorted(one[-1]["return"] for one in arms.run(wanted))
+    return [at_least("MuJoCo's inverted pendulum: return at the end, all seeds but the worst", found[min(1, len(found) - 1)], 800)]
+
+
 SUITE: Mapping[str, Experiment] = {
     "BC": Experiment("the pendulum's four data sets, and their best tenth", PAIRS, partial(acceptance, names=("BC", "10 % BC"))),
     "TD3": Experiment("the analytic pendulum's four data sets, of which the narrow one must defeat it", PAIRS, _td3),
@@ -119,5 +134,7 @@ SUITE: Mapping[str, Experiment] = {
         name: Experiment("the analytic pendulum's four data sets", PAIRS, partial(acceptance, names=(name,)))
         for name in ("TD3BC", "IQL", "AWAC", "CQL")
     },
+    "SAC": Experiment("8,000 steps of the analytic pendulum", 3, _sac),
+    "ControlPPO": Experiment("40,960 steps of MuJoCo's inverted pendulum, which needs the extra mujoco", 3, _ppo),
     "PRDC": Experiment("the analytic pendulum, narrow and wide data, beside TD3+BC and TD3", 7, _prdc),
 }
