@@ -10,6 +10,8 @@ are GPUs.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -70,8 +72,10 @@ def connected() -> Iterator[tuple[Ranks, torch.device]]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), all_sum, all_rows, shard, whole), device
+        dist.barrier()  # nobody leaves while another still talks
     finally:
         dist.destroy_process_group()
+        atexit.register(gc.collect)  # sharded modules are cycles that hold their groups: threads of these must not outlive Python
 
 
 def share(total: int, ranks: Ranks) -> int:
