@@ -82,7 +82,7 @@ def train(
     ] = None,
     env: Annotated[str, typer.Option("--env", help="Of control: pendulum, or a name of Gymnasium's.")] = "pendulum",
     steps: Annotated[int | None, typer.Option("--steps", help="Steps; else the settings' own.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the start, and of all that is drawn.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the start, and of all that is drawn.")] = None,
     json_: AsJson = False,
 ) -> None:
     """Train by a method: the small language model on a task, or a policy of control on data or in an environment."""
@@ -138,11 +138,12 @@ def _train_control(
     """A row at every evaluation: the mean return of the policy, and on the pendulum its score."""
     from functools import partial
 
+    from rl_core.envs.pendulum import SETS
     from rl_core.trainers.control import course
-    from rl_core.verify.control import PENDULUM, environment, evaluated, transitions
+    from rl_core.verify.control import PENDULUM, content_of, environment, evaluated, transitions
 
     logged = None if data is None else transitions(data, seed or 0)
-    told = {"data": data or "none", "env": env}
+    told = {"data": "none" if data is None else data if data in SETS else content_of(data), "env": env}
     made = course(method, settings, data=logged, env=environment(env), steps=steps, seed=seed, told=told)
     judge = partial(evaluated, seed=seed or 0, env=env)
     tell(0, made.total, "return ?")
@@ -164,9 +165,9 @@ def evaluate_checkpoint(
         from rl_core.verify.token import task_of
 
         kept = load_checkpoint(folder)
-        model = LM()
+        task, model = task_of(kept["about"]), LM()
         model.load_state_dict(kept["trainer"]["policy"])
-        value = evaluate(model, task_of(kept["about"]), prompts, kept["about"]["schedule"]["temperature"])
+        value = evaluate(model, task, prompts, kept["about"]["schedule"]["temperature"])
         error = (value * (1 - value) / prompts) ** 0.5
         if json_:
             typer.echo(json.dumps({"pass_at_1": value, "stderr": error, "prompts": prompts}))

@@ -41,6 +41,20 @@ def from_table(kind: type[T], table: Mapping[str, Any], where: str = "") -> T:
         raise InputError(f"{where}: {error}; expected some of {', '.join(known)}") from None
 
 
+def changed(record: T, table: Mapping[str, Any]) -> T:
+    """A record with some fields otherwise; of a nested one of the same kind, what is not said stays. Raises InputError."""
+    return from_table(type(record), _merged(to_table(record), table))
+
+
+def _merged(base: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(base)
+    for name, value in table.items():
+        old = base.get(name)
+        same = isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("kind", old.get("kind")) == old.get("kind")
+        found[name] = _merged(old, value) if same else value  # type: ignore[arg-type]
+    return found
+
+
 def method_from(table: Mapping[str, Any]) -> Any:
     """A method from a table that names it under `method`. Raises InputError."""
     rest = dict(table)

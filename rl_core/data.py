@@ -86,6 +86,8 @@ def _d4rl(file: Any) -> Transitions:
     _same(count, actions=action, rewards=reward, terminals=over, timeouts=cut)
     if given is not None:
         _same(count, next_observations=given)
+        if given.shape != obs.shape:
+            raise DataError("next_observations", f"shape {given.shape}", f"{obs.shape}, as observations", "Write both alike.")
         return _made(obs, action, reward, given, over, cut)
     if not over[-1]:
         cut[-1] = 1.0  # what follows the file nobody knows

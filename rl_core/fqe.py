@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,12 +19,19 @@ from torch import Generator, Tensor, nn
 
 from ope.data import InputError
 from rl_core.buffers import Buffer
+from rl_core.checks import at_least
 from rl_core.families.offline import Draw, Drawn, Transitions, backup
 from rl_core.models.mlp import Critic, Sizes
 from rl_core.scaling import Scaling
 
 TargetPolicy = Callable[[Tensor, Draw], Tensor]
 """Observations (n, S), unscaled -> actions (n, A), drawn anew at every call where the policy is not deterministic."""
+
+SLACK = 0.006
+"""Of the range between the lowest and the highest value that rewards allow: how far beyond counts as impossible."""
+
+FITS = 3
+"""Least fits of either policy in a comparison."""
 
 ALARM = 0.05
 """Share of starts with impossible values from which on an estimate is not to be believed."""
@@ -45,6 +52,8 @@ class FQE:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        at_least(self, 1, "steps", "batch", "width", "layers")
+        at_least(self, 0, "rate")
         if not 0 <= self.discount < 1 or not 0 < self.tau <= 1:
             raise InputError(f"found discount={self.discount}, tau={self.tau}; expected discount in [0, 1) and tau in (0, 1]")
 
@@ -77,7 +86,14 @@ class FQE:
             optimizer.step()
             torch._foreach_lerp_(lagging, leading, self.tau)
             progress(step)
-        return FittedQ(self, critic, scaling, policy, *_bounds(data.reward, self.discount))
+        mark = (len(data), float(data.reward.double().sum()), float(data.obs.double().sum()))
+        return FittedQ(self, critic, scaling, policy, *_bounds(data.reward, self.discount), mark)
+
+    def fits(
+        self, data: Transitions, policy: TargetPolicy, count: int = 5, progress: Callable[[int], object] = lambda step: None
+    ) -> tuple[FittedQ, ...]:
+        """Several fits, each from a seed of its own: what `paired` needs to know how far one fit is from another."""
+        return tuple(replace(self, seed=self.seed + one).fit(data, policy, progress) for one in range(count))
 
 
 @dataclass(frozen=True)
@@ -90,6 +106,8 @@ class FittedQ:
     policy: TargetPolicy
     lowest: float
     highest: float
+    data: tuple[float, ...]
+    """Rows, and sums of rewards and observations: what tells one data set from another."""
 
     @torch.no_grad()
     def values(self, obs: Tensor, draws: int = 8, seed: int = 0) -> NDArray[np.float64]:
@@ -98,8 +116,9 @@ class FittedQ:
         found = [self.critic(scaled, self.policy(obs, draw))[0] for _ in range(draws)]
         return np.asarray(torch.stack(found).mean(dim=0).double().numpy())
 
-    def impossible(self, values: NDArray[np.float64], slack: float = 0.5) -> float:
-        """Share of values that rewards do not allow, by more than `slack`. Above `ALARM` the data do not support the policy."""
+    def impossible(self, values: NDArray[np.float64]) -> float:
+        """Share of values that rewards do not allow, by more than `SLACK`. Above `ALARM` the data do not support the policy."""
+        slack = SLACK * (self.highest - self.lowest)
         return float(((values > self.highest + slack) | (values < self.lowest - slack)).mean())
 
 
@@ -113,6 +132,7 @@ class Paired:
     """Lower end of the one-sided interval."""
     level: float
     n: int
+    fits: int
     reasons: tuple[str, ...]
     """Why the difference is not to be believed."""
 
@@ -122,25 +142,33 @@ class Paired:
         return self.low > 0 and not self.reasons
 
 
-def paired(candidate: FittedQ, baseline: FittedQ, starts: Tensor, *, level: float = 0.95, slack: float = 0.5) -> Paired:
-    """The difference of two critics over the same starts (n, S), those of held-out episodes. Both fitted on the same data.
+def paired(candidate: Sequence[FittedQ], baseline: Sequence[FittedQ], starts: Tensor, *, level: float = 0.95) -> Paired:
+    """The difference of two policies over the same starts (n, S), of held-out episodes: mean over pairs of fits, by `FQE.fits`.
 
-    Raises InputError for fits of different settings, or fewer than two starts: sampling error is that of the starts alone.
+    Its error is that between pairs of fits, each from another seed, and that between starts; the interval is Student's t of pairs.
+    One fit says nothing of the first, which is the larger: by starts alone a policy beats itself a third of the time.
+    Raises InputError for fewer than three fits of either, other numbers of them, other settings or data, or fewer than two starts.
     """
-    if replace(candidate.settings, seed=0) != replace(baseline.settings, seed=0) or len(starts) < 2:
-        raise InputError(f"found {len(starts)} starts, or fits of different settings; expected at least two, and the same settings")
-    values = candidate.values(starts), baseline.values(starts)
+    every = [*candidate, *baseline]
+    if min(len(candidate), len(baseline)) < FITS or len(candidate) != len(baseline) or len(starts) < 2:
+        found = f"{len(candidate)} and {len(baseline)} fits, {len(starts)} starts"
+        raise InputError(f"found {found}; expected as many of either, at least {FITS}, by FQE.fits, and at least two starts")
+    if len({(replace(one.settings, seed=0), one.data) for one in every}) > 1:
+        raise InputError("found fits of different settings or data; expected the same of both policies")
+    values = [np.stack([one.values(starts) for one in some]) for some in (candidate, baseline)]
     apart = values[0] - values[1]
-    stderr = float(apart.std(ddof=1) / math.sqrt(len(apart)))
+    between_fits, between_starts = apart.mean(axis=1), apart.mean(axis=0)
+    count, n = apart.shape
+    stderr = math.sqrt(between_fits.var(ddof=1) / count + between_starts.var(ddof=1) / n)
     reasons = [
         f"{who}: {share:.0%} of starts have values that rewards do not allow; the data do not support it"
-        for who, one, found in (("candidate", candidate, values[0]), ("baseline", baseline, values[1]))
-        if (share := one.impossible(found, slack)) > ALARM
+        for who, fits, found in (("candidate", candidate, values[0]), ("baseline", baseline, values[1]))
+        if (share := float(np.mean([one.impossible(some) for one, some in zip(fits, found, strict=True)]))) > ALARM
     ]
-    if candidate.settings.reach < 0.98:
-        reasons.append(f"backups cover {candidate.settings.reach:.0%} of the horizon; expected 98 %: fit for longer")
-    low = float(apart.mean() - stats.t.ppf(level, len(apart) - 1) * stderr)
-    return Paired(float(apart.mean()), stderr, low, level, len(apart), tuple(reasons))
+    if candidate[0].settings.reach < 0.98:
+        reasons.append(f"backups cover {candidate[0].settings.reach:.0%} of the horizon; expected 98 %: fit for longer")
+    low = float(apart.mean() - stats.t.ppf(level, count - 1) * stderr)
+    return Paired(float(apart.mean()), stderr, low, level, n, count, tuple(reasons))
 
 
 def _bounds(reward: Tensor, discount: float) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ope.data import InputError
-from rl_core.config import from_table, to_table
+from rl_core.config import changed, from_table
 from rl_core.registry import FAMILIES, named
 from rl_core.trainers.token import Schedule
 
@@ -37,4 +37,4 @@ def asked(name: str, settings: Path | None, changes: Mapping[str, Any]) -> tuple
         token = ", ".join(one.__name__ for one in FAMILIES["token"])
         raise InputError(f"method: found {name}, which does not learn language models; expected one of {token}")
     schedule = tables.get("schedule", {}) | {field: value for field, value in changes.items() if value is not None}
-    return from_table(type(made), to_table(made) | tables.get("method", {})), from_table(Schedule, schedule)
+    return changed(made, tables.get("method", {})), from_table(Schedule, schedule)

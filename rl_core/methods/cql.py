@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ope.data import InputError
 from ope.primitives.terms import Terms
+from rl_core.checks import at_least, within
 from rl_core.families.offline import Draw, Learner, Stage, Transitions, backup, mean_of, squared_errors
 from rl_core.loss import Loss
 from rl_core.models.mlp import Critic, Sizes, Squashed, Temperature
@@ -69,6 +70,8 @@ class CQL:
     """Added to the log standard deviation that a fresh network gives."""
 
     def __post_init__(self) -> None:
+        within(self, 0, 1, "discount", "tau")
+        at_least(self, 0, "alpha", "actor_rate", "critic_rate", "temperature_rate")
         if self.samples < 1 or not self.softness > 0 or not self.temperature_start > 0:
             found = f"{self.samples}, {self.softness}, {self.temperature_start}"
             raise InputError(f"samples, softness, temperature_start: found {found}; expected at least 1, and two numbers above 0")

@@ -17,6 +17,7 @@ from ope.data import InputError
 from ope.primitives.terms import Terms
 from ope.primitives.weights import ratio
 from rl_core.buffers import UNKNOWN
+from rl_core.checks import at_least, within
 from rl_core.families.offline import Draw, Learner, Stage, Transitions, backup, mean_of, squared_errors
 from rl_core.families.online import CreditedRows, Plan, Steps, generalised, value_errors
 from rl_core.loss import Loss
@@ -62,6 +63,8 @@ class MDPO:
     plan: Plan = Plan(epochs=10, minibatch=None, value_epochs=5, value_minibatch=128, standardize="batch")
 
     def __post_init__(self) -> None:
+        within(self, 0, 1, "discount", "lambda_")
+        at_least(self, 0, "value_clip")
         if not 0 < self.step_min <= self.step:
             raise InputError(f"step_min: found {self.step_min}; expected above 0 and at most step, {self.step}")
 

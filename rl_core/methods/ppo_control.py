@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ope.primitives.surrogates import OneSided, clipped, dual_clipped
 from ope.primitives.weights import ratio
+from rl_core.checks import at_least, within
 from rl_core.families.offline import mean_of
 from rl_core.families.online import CreditedRows, Plan, Steps, generalised, value_errors
 from rl_core.loss import Loss
@@ -61,6 +62,11 @@ class ControlPPO:
     value_clip: float | None = None
     entropy_coef: float = 0.0
     plan: Plan = Plan()
+
+    def __post_init__(self) -> None:
+        within(self, 0, 1, "discount", "lambda_", "eps_low")
+        at_least(self, 0, "eps_high", "value_coef", "value_clip", "entropy_coef")
+        at_least(self, 1, "dual_clip")
 
     def credit(self, steps: Steps) -> tuple[Tensor, Tensor]:
         """Generalised advantages and λ-returns."""

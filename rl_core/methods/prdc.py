@@ -9,6 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
+from ope.data import InputError
+from rl_core.checks import at_least
 from rl_core.families.offline import Draw, Learner, Stage, Transitions, mean_of
 from rl_core.loss import Loss
 from rl_core.methods.td3 import ORIGINS, Twin, twin_networks, twin_stages
@@ -52,6 +54,11 @@ class PRDC:
     """Of a Gaussian kernel that averages pairs, for logs of which no single action may be learned by heart."""
     search: Literal["auto", "tree", "tiles", "lists"] = "auto"
     twin: Twin = Twin()
+
+    def __post_init__(self) -> None:
+        at_least(self, 0.0, "alpha", "state_weight", "bandwidth")
+        if self.norm == "l2" and self.bandwidth:
+            raise InputError(f"norm, bandwidth: found l2 and {self.bandwidth}; expected squared, or 0: the distance is to one pair")
 
     @property
     def tau(self) -> float:

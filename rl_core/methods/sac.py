@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ope.data import InputError
+from rl_core.checks import at_least, within
 from rl_core.families.offline import Draw, Learner, Stage, Transitions, backup, mean_of, squared_errors
 from rl_core.loss import Loss
 from rl_core.models.mlp import Critic, Sizes, Squashed, Temperature
@@ -63,6 +64,8 @@ class SAC:
     """H̄ in nats; None: -dim(A)."""
 
     def __post_init__(self) -> None:
+        within(self, 0, 1, "discount", "tau")
+        at_least(self, 0, "actor_rate", "critic_rate", "temperature_rate")
         if self.temperature <= 0:
             raise InputError(f"temperature: found {self.temperature}; expected above 0, as small as you like")
 

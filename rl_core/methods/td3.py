@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from rl_core.checks import at_least, within
 from rl_core.families.offline import Draw, Learner, Stage, StageLoss, Transitions, backup, mean_of, squared_errors
 from rl_core.loss import Loss
 from rl_core.models.mlp import Critic, Deterministic, Sizes
@@ -27,6 +28,11 @@ class Twin:
     actor_every: int = 2
     actor_rate: float = 3e-4
     critic_rate: float = 3e-4
+
+    def __post_init__(self) -> None:
+        within(self, 0, 1, "discount", "tau")
+        at_least(self, 0, "noise", "noise_clip", "actor_rate", "critic_rate")
+        at_least(self, 1, "actor_every")
 
 
 ORIGINS: Mapping[str, str] = {

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ope.primitives.terms import Terms
+from rl_core.checks import at_least
 from rl_core.families.offline import Draw, Learner, Stage, Transitions
 from rl_core.loss import Loss
 from rl_core.methods.td3 import ORIGINS, Twin, twin_networks, twin_stages
@@ -32,6 +33,9 @@ class TD3BC:
     )
     alpha: float = 2.5
     twin: Twin = Twin()
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "alpha")
 
     @property
     def tau(self) -> float:

@@ -27,30 +27,32 @@ def identity(method: Any, schedule: Any, **others: Any) -> dict[str, Any]:
 def read_checkpoint(folder: Path | None, about: Mapping[str, Any], steps: int) -> tuple[dict[str, Any] | None, Rows]:
     """A trainer's state and its rows so far; none where the folder has no checkpoint.
 
-    Raises InputError where the folder is of another run, naming what differs, or of one that has gone further than `steps`.
+    Raises InputError where the folder is of another run, naming what differs, or of one that was to go further than `steps`.
     """
     if folder is None or not (folder / CHECKPOINT).exists():
         return None, []
     kept = load_checkpoint(folder)
     if differs := sorted(_differences(kept["about"], about)):
         raise InputError(f"{folder}: found a run of another {', '.join(differs)}; expected the same to go on, or a new folder")
-    if kept["trainer"]["step"] > steps:
-        raise InputError(f"{folder}: found a run of {kept['trainer']['step']} steps; expected at least as many, not {steps}")
+    if kept["asked"] > steps:
+        raise InputError(f"{folder}: found a run of {kept['asked']} steps; expected at least as many, not {steps}")
     _write_metrics(folder, kept["rows"])  # rows of steps after it will come again
     return kept["trainer"], kept["rows"]
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """All of it: `trainer`, `rows`, `about`. Raises InputError where there is none."""
+    """All of it: `trainer`, `rows`, `about`, `asked`. Raises InputError where there is none."""
     if not (folder / CHECKPOINT).exists():
         raise InputError(f"{folder / CHECKPOINT}: found none; expected that of a run: propel rl train METHOD --out {folder}")
     kept: dict[str, Any] = torch.load(folder / CHECKPOINT, weights_only=True)
     return kept
 
 
-def write_checkpoint(folder: Path, state: Mapping[str, Any], rows: Sequence[dict[str, float]], about: Mapping[str, Any]) -> None:
-    """State, rows and what run it is."""
-    save(folder / CHECKPOINT, {"trainer": state, "rows": list(rows), "about": dict(about)})
+def write_checkpoint(
+    folder: Path, state: Mapping[str, Any], rows: Sequence[dict[str, float]], about: Mapping[str, Any], asked: int
+) -> None:
+    """State, rows, what run it is, and how many steps were asked for."""
+    save(folder / CHECKPOINT, {"trainer": state, "rows": list(rows), "about": dict(about), "asked": asked})
 
 
 def append_metrics(folder: Path | None, row: Mapping[str, float]) -> None:

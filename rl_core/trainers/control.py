@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ope.data import InputError
-from rl_core.config import from_table, to_table
+from rl_core.config import changed, from_table
 from rl_core.families.offline import Transitions, WithExploration
 from rl_core.registry import family_of, named
 from rl_core.settings import read_tables
 from rl_core.trainers.checkpoints import Rows, append_metrics, identity, read_checkpoint, write_checkpoint
+from rl_core.trainers.imitation import ImitationSchedule, ImitationTrainer
 from rl_core.trainers.offline import Act, Environment, OfflineSchedule, OfflineTrainer
 from rl_core.trainers.online import OnlineSchedule, OnlineTrainer, ReplaySchedule, ReplayTrainer
 
@@ -50,7 +51,7 @@ class Course:
             append_metrics(folder, rows[-1])
             progress(rows[-1])
             if folder is not None:
-                write_checkpoint(folder, self.trainer.state() | {"step": self.done()}, rows, self.about)
+                write_checkpoint(folder, self.trainer.state(), rows, self.about, self.total)
         return rows
 
 
@@ -64,7 +65,7 @@ def course(
     """
     tables = read_tables(settings)
     made = named(name)
-    made = from_table(type(made), to_table(made) | tables.get("method", {}))
+    made = changed(made, tables.get("method", {}))
     said = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
     schedule, collection = tables.get("schedule", {}) | said, tables.get("collection", {})
     return course_of(made, schedule, collection, data=data, env=env, evaluations=evaluations, told=told)
@@ -75,7 +76,20 @@ def course_of(
     evaluations: int = 10, told: Mapping[str, Any],
 ) -> Course:  # fmt: skip
     """A method's run by the trainer of its family, from tables of schedule and, for replay, of collection. Raises InputError."""
-    online = family_of(type(made)) == "online"
+    family = family_of(type(made))
+    online = family == "online"
+    if data is not None and data.sizes != (env.obs_size, env.action_size):
+        raise InputError(f"--data: found sizes {data.sizes}; expected {(env.obs_size, env.action_size)}, as the environment has")
+    if collection and (family != "online" or not isinstance(made, WithExploration)):
+        raise InputError(
+            f"[collection]: found {', '.join(collection)}; expected none: {type(made).__name__} does not learn from replay"
+        )
+    if family == "imitation":
+        if data is None:
+            raise InputError("--data: found none; expected what the expert did: a set such as pend-exp10, or a file of transitions")
+        copied = from_table(ImitationSchedule, schedule)
+        judged = ImitationTrainer(made, env, data, copied)
+        return _course(made, copied, judged, lambda: judged.step, judged.advance, judged.metrics, copied.steps, evaluations, told)
     if online and not isinstance(made, WithExploration):
         fresh_schedule = from_table(OnlineSchedule, schedule)
         fresh = OnlineTrainer(made, env, fresh_schedule)
@@ -86,10 +100,18 @@ def course_of(
         )  # fmt: skip
     learning = from_table(OfflineSchedule, {"normalize": not online, **schedule})
     if online:
-        replay = ReplayTrainer(made, env, replace(from_table(ReplaySchedule, collection), learning=learning), data=data)
+        collected = replace(from_table(ReplaySchedule, collection), learning=learning)
+        replay = ReplayTrainer(made, env, collected, data=data)
+        each = collected.count * collected.ratio
+        about = {name: value for name, value in asdict(collected).items() if name != "learning"}
+
+        def collect(most: int) -> None:
+            replay.advance(max(int(most / each), 1))
+
         return _course(
-            made, learning, replay, lambda: replay.learner.step, replay.advance, replay.metrics, learning.steps, evaluations, told
-        )
+            made, learning, replay, lambda: replay.learner.step, collect, replay.metrics, learning.steps, evaluations,
+            {**told, "collection": about},
+        )  # fmt: skip
     if data is None:
         raise InputError(
             f"--data: found none; expected a set of the pendulum, or a file of transitions, which {type(made).__name__} learns from"

@@ -322,7 +322,7 @@ class ImitationTrainer:
             actor.load_state_dict(kept)
         self.ids, self.weights, self.told = list(state["ids"]), state["weights"], dict(state["told"])
         self.chance.bit_generator.state = state["chance"]
-        self.env, self.obs = env_restored(self.env, state["env"]), state["obs"].numpy()
+        self.env, self.obs = env_restored(self.env, state["env"], state["obs"], self.chance)
         self.step, self.rounds, self.rolled = state["step"], state["rounds"], state["rolled"]
         self.cpu_seconds = state["cpu_seconds"]
 

@@ -248,7 +248,7 @@ def run(
         append_metrics(folder, rows[-1])
         progress(rows[-1])
         if folder is not None:
-            write_checkpoint(folder, trainer.state(), rows, who)
+            write_checkpoint(folder, trainer.state(), rows, who, schedule.steps)
     return rows
 
 

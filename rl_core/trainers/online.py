@@ -88,18 +88,18 @@ class Running:
 
 
 def env_state(env: Environment) -> Any:
-    """A dataclass's fields, arrays as tensors, so that a checkpoint needs no code to be read; of any other environment a copy."""
+    """A dataclass's fields, arrays as tensors, so that a checkpoint needs no code to be read; None of any other environment."""
     if not is_dataclass(env):
-        return copy.deepcopy(env)
+        return None
     return {name: torch.as_tensor(value).clone() if isinstance(value, np.ndarray) else value for name, value in vars(env).items()}
 
 
-def env_restored(env: Environment, state: Any) -> Environment:
-    """The environment as it was."""
-    if not is_dataclass(env):
-        return copy.deepcopy(state)  # type: ignore[no-any-return]
+def env_restored(env: Environment, state: Any, obs: Tensor, rng: np.random.Generator) -> tuple[Environment, NDArray[np.float64]]:
+    """The environment as it was, and what was seen there; one that cannot tell its state begins fresh episodes."""
+    if state is None:
+        return env, env.reset(len(obs), rng)
     values = {name: value.clone().numpy() if isinstance(value, Tensor) else value for name, value in state.items()}
-    return type(env)(**values)
+    return type(env)(**values), obs.numpy()
 
 
 class OnlineTrainer:
@@ -274,7 +274,8 @@ class OnlineTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.rng.set_state(state["rng"])
         self.chance.bit_generator.state = state["chance"]
-        self.env, self.obs, self.running = env_restored(self.env, state["env"]), state["obs"].numpy(), Running(**state["running"])
+        self.env, self.obs = env_restored(self.env, state["env"], state["obs"], self.chance)
+        self.running = Running(**state["running"])
         self.scaling = self.running.scaling()
         self.earned, self.finished = state["earned"].numpy(), state["finished"]
         self.step, self.taken, self.cpu_seconds = state["step"], state["taken"], state["cpu_seconds"]
@@ -399,5 +400,5 @@ class ReplayTrainer:
         self.learner.restore(state["learner"])
         self.learner.buffer.restore(state["buffer"])
         self.chance.bit_generator.state = state["chance"]
-        self.env, self.obs = env_restored(self.env, state["env"]), state["obs"].numpy()
+        self.env, self.obs = env_restored(self.env, state["env"], state["obs"], self.chance)
         self.taken, self.owed, self.cpu_seconds = state["taken"], state["owed"], state["cpu_seconds"]

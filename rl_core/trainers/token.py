@@ -452,7 +452,7 @@ def _keep(folder: Path | None, trainer: Trainer, rows: Rows, about: Mapping[str,
     """The policy, then a checkpoint, so that one that says a step was done has its policy."""
     if folder is not None:
         save(folder / f"policy-{trainer.step:06d}.pt", trainer.weights())
-        write_checkpoint(folder, trainer.state(), rows, about)
+        write_checkpoint(folder, trainer.state(), rows, about, trainer.schedule.steps)
 
 
 def _added(some: list[Any]) -> tuple[Any, ...]:

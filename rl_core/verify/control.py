@@ -24,6 +24,9 @@ from rl_core.verify.arms import code_of, digest
 EPISODES, GYM_EPISODES = 100, 10
 """Of an evaluation, all at once: of the pendulum, and of Gymnasium's environments, which cost more."""
 
+FRESH, COUNT = 2048, 16
+"""Steps of a fresh batch, and episodes side by side."""
+
 PENDULUM = "pendulum"
 """The environment that is not Gymnasium's."""
 
@@ -54,7 +57,7 @@ class OfflineArm:
         """Digest of all that tells it from others, of the code, and of the file."""
         method = {"method": type(self.method).__name__} | to_table(self.method)
         code = code_of(__name__, type(self.method).__module__)
-        data = self.data if self.data in SETS else _content(self.data)
+        data = self.data if self.data in SETS else content_of(self.data)
         rest = {"env": self.env, "references": self.references}
         return digest({"method": method, "data": data, "schedule": asdict(self.schedule), "code": code, **rest})
 
@@ -102,13 +105,17 @@ class OnlineArm:
 
     def run(self, folder: Path) -> Rows:
         """A row at every evaluation."""
-        shared = {"steps": self.steps, "width": self.width, "reward_scale": self.reward_scale, "seed": self.seed}
-        replay = isinstance(self.method, WithExploration)
-        schedule = shared | ({"batch": self.batch} if replay else {"count": 16, "horizon": 128, "normalize": True})
+        shared = {"width": self.width, "reward_scale": self.reward_scale, "seed": self.seed}
+        if isinstance(self.method, WithExploration):
+            warmup = min(1000, self.steps // 2)
+            schedule, collection = {"steps": self.steps - warmup, "batch": self.batch, **shared}, {"warmup": warmup}
+        else:
+            schedule, collection = {"steps": self.steps, "count": COUNT, "horizon": FRESH // COUNT, "normalize": True, **shared}, {}
         made = course_of(
-            self.method, schedule, {"warmup": 1000}, data=None, env=environment(self.env), evaluations=self.evaluations, told={}
+            self.method, schedule, collection, data=None, env=environment(self.env), evaluations=self.evaluations, told={}
         )
-        return made.run(partial(evaluated, seed=self.seed, env=self.env, references=self.references))
+        rows = made.run(partial(evaluated, seed=self.seed, env=self.env, references=self.references))
+        return [{**row, "step": row["taken"]} for row in rows]
 
 
 def transitions(data: str, seed: int) -> Transitions:
@@ -132,7 +139,7 @@ def evaluated(
 
 
 @cache
-def _content(path: str) -> str:
+def content_of(path: str) -> str:
     """Digest of a file, or of those in a folder."""
     files = [Path(path)] if Path(path).is_file() else sorted(one for one in Path(path).rglob("*") if one.is_file())
     found = hashlib.sha256()

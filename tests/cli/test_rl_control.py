@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from propel import app
 
 RUNNER = CliRunner()
-SMALL = "[schedule]\nwidth = 16\n[collection]\nwarmup = 200\n"
+SMALL, REPLAY = "[schedule]\nwidth = 16\n", "[collection]\nwarmup = 200\ncount = 4\nratio = 0.5\n"
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def one_thread() -> None:
 
 
 def train(folder: Path, *words: str) -> list[dict[str, Any]]:
-    (folder / "settings.toml").write_text(SMALL)
+    (folder / "settings.toml").write_text(SMALL + REPLAY * (words[0] == "sac"))
     result = RUNNER.invoke(
         app, ["rl", "train", *words, "--out", str(folder / "out"), "--settings", str(folder / "settings.toml"), "--json"]
     )
@@ -33,11 +33,14 @@ def train(folder: Path, *words: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "words",
-    [("td3bc", "--data", "pend-mix10"), ("sac",), ("ControlPPO",)],
-    ids=lambda words: words[0],
-)
+    [
+        ("td3bc", "--data", "pend-mix10"), ("sac",), ("sac", "--env", "Pendulum-v1"), ("ControlPPO",),
+        ("ailboost", "--data", "pend-exp10"),
+    ],
+    ids=lambda words: f"{words[0]} {words[-1]}",
+)  # fmt: skip
 def test_a_run_goes_on_where_it_was_stopped(words: tuple[str, ...], tmp_path: Path) -> None:
-    steps = {"td3bc": (20, 40), "sac": (20, 40), "ControlPPO": (4096, 8192)}[words[0]]
+    steps = {"ControlPPO": (2048, 4096), "ailboost": (100, 200)}.get(words[0], (20, 40))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         folder.mkdir()
@@ -46,7 +49,9 @@ def test_a_run_goes_on_where_it_was_stopped(words: tuple[str, ...], tmp_path: Pa
     train(parts, *words, "--steps", str(steps[0]))
     found = train(parts, *words, "--steps", str(steps[1]))
     last = {name: value for name, value in found[-1].items() if name in ("step", "return", "score")}
-    assert last == {name: expected[-1][name] for name in last}
+    if "Pendulum-v1" not in words:  # Gymnasium's environments cannot tell their state: fresh episodes begin
+        assert last == {name: expected[-1][name] for name in last}
+    assert train(parts, *words, "--steps", str(steps[1])) == found  # there is nothing left to do
     assert len((parts / "out" / "metrics.jsonl").read_text().splitlines()) == len(found)
 
 
@@ -57,6 +62,8 @@ def test_a_run_goes_on_where_it_was_stopped(words: tuple[str, ...], tmp_path: Pa
         (["td3bc", "--data", "nowhere.parquet"], "nowhere.parquet"),
         (["bc", "--data", "pend-exp10", "--steps", "0"], "steps: found 0; expected at least 1"),
         (["sac", "--env", "Chess-v0"], "Chess-v0"),
+        (["dac"], "--data: found none; expected what the expert did"),
+        (["bc", "--data", "pend-exp10", "--env", "CartPole-v1"], "--data: found sizes (3, 1); expected (4, 2)"),
     ],
 )
 def test_what_cannot_be_is_refused(words: list[str], said: str, tmp_path: Path) -> None:

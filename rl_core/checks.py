@@ -1,0 +1,23 @@
+"""Checks of settings that several records share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ope.data import InputError
+
+
+def at_least(record: Any, low: float, *names: str) -> None:
+    """Raises InputError, naming the field, for one below; NaN is below. None is off."""
+    for name in names:
+        value = getattr(record, name)
+        if value is not None and not value >= low:
+            raise InputError(f"{name}: found {value}; expected at least {low:g}")
+
+
+def within(record: Any, low: float, high: float, *names: str) -> None:
+    """Raises InputError, naming the field, for one outside [low, high]. None is off."""
+    for name in names:
+        value = getattr(record, name)
+        if value is not None and not low <= value <= high:
+            raise InputError(f"{name}: found {value}; expected {low:g} to {high:g}")
