@@ -35,6 +35,7 @@ verify: .venv/.dev
 # scores on a data set of our own making: an hour and more. Needs MuJoCo; runs that are done are kept
 verify-cheetah: .venv/.dev
 	$(PIP) '.[mujoco]'
+	$(BIN)/propel rl verify controlppo
 	test -f $(CHEETAH) || $(BIN)/propel rl data make halfcheetah --quality medium-replay --seed 1 --to $(CHEETAH)
 	$(BIN)/propel rl compare --methods BC,TD3BC,IQL,PRDC --task $(CHEETAH) --env HalfCheetah-v5 --references=-286,5159 \
 		--steps 50000 --width 128 --batch 128 --seeds 3 --to .verify/cheetah

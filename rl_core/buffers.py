@@ -51,7 +51,7 @@ class Buffer:
 
     def weigh(self, weight: Tensor) -> None:
         """Draw row i from now on with a chance in proportion to weight[i]. Raises InputError for negative ones."""
-        if weight.shape != (self.size,) or not bool((weight >= 0).all()) or not bool(weight.sum() > 0):
+        if weight.shape != (self.size,) or not bool(((weight >= 0) & weight.isfinite()).all()) or not bool(weight.sum() > 0):
             raise InputError(f"found weights of shape {tuple(weight.shape)}; expected {self.size}, none negative and some positive")
         self.mass = weight.double().cumsum(dim=0).to(self.rows.device)
 

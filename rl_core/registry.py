@@ -29,7 +29,7 @@ from rl_core.methods.reinforce import REINFORCE
 from rl_core.methods.sac import SAC
 from rl_core.methods.td3 import TD3
 from rl_core.methods.td3_bc import TD3BC
-from rl_core.methods.trpo import TRPO
+from rl_core.methods.trpo import NPG, TRPO
 
 Method = TokenMethod | OfflineMethod | OnlineMethod | ImitationMethod
 
@@ -57,7 +57,7 @@ def family_of(method: type[Any]) -> str:
     return next(family for family, methods in FAMILIES.items() if method in methods)
 
 
-_NAMED: Mapping[str, Method] = {**KIN, **VARIANTS, "BAPO-gradient": RECOMMENDED}
+_NAMED: Mapping[str, Method] = {**KIN, **VARIANTS, "BAPO-gradient": RECOMMENDED, "10%BC": BC(top=0.1), "NPG": NPG}
 
 SETTINGS: Mapping[str, Method] = {
     name: made for name, made in _NAMED.items() if name not in {method.__name__ for method in METHODS}

@@ -90,7 +90,13 @@ def test_what_does_not_fit_is_refused() -> None:
     made = filled(4)
     with pytest.raises(InputError, match=r"found 5 transitions of sizes \(3, 2\); expected at most 4"):
         made.add(rows(5))
-    for weight in (torch.ones(3), torch.tensor([1.0, -1.0, 1.0, 1.0]), torch.zeros(4), torch.full((4,), torch.nan)):
+    for weight in (
+        torch.ones(3),
+        torch.tensor([1.0, -1.0, 1.0, 1.0]),
+        torch.zeros(4),
+        torch.full((4,), torch.nan),
+        torch.full((4,), torch.inf),
+    ):
         with pytest.raises(InputError, match="found weights of shape"):
             made.weigh(weight)
     with pytest.raises(InputError, match="expected a sum of 1"):
