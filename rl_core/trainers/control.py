@@ -7,12 +7,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from ope.data import InputError
-from rl_core.config import changed, from_table
+from rl_core.config import changed, from_table, method_from
 from rl_core.families.offline import Transitions, WithExploration
+from rl_core.models.mlp import Sizes
 from rl_core.registry import family_of, named
+from rl_core.scaling import Scaling
 from rl_core.settings import read_tables
-from rl_core.trainers.checkpoints import Rows, append_metrics, identity, read_checkpoint, write_checkpoint
+from rl_core.trainers.checkpoints import Rows, append_metrics, identity, load_checkpoint, read_checkpoint, write_checkpoint
 from rl_core.trainers.imitation import ImitationSchedule, ImitationTrainer
 from rl_core.trainers.offline import Act, Environment, OfflineSchedule, OfflineTrainer
 from rl_core.trainers.online import OnlineSchedule, OnlineTrainer, ReplaySchedule, ReplayTrainer
@@ -128,3 +134,24 @@ def _course(
 ) -> Course:  # fmt: skip
     about = identity(method, schedule, **told)
     return Course(trainer, done, stretch, metrics, total, max(total // evaluations, 1), about)
+
+
+def load_policy(folder: Path | str) -> Act:
+    """What a run of `propel rl train` learned: observations (n, S) -> actions (n, A), scaled as it was. Without its data.
+
+    Raises InputError for a folder without a checkpoint, or of a run that did not learn control from a log or from replay.
+    """
+    kept = load_checkpoint(Path(folder))
+    state = kept["trainer"].get("learner", kept["trainer"])
+    if "sizes" not in state:
+        raise InputError(f"{folder}: found a run of {kept['about']['method']['name']}; expected one from a log or from replay")
+    settings = dict(kept["about"]["method"])
+    networks = method_from({"method": settings.pop("name"), **settings}).networks(Sizes(**state["sizes"]))
+    actor, scaling = networks["actor"], Scaling(**state["scaling"])
+    actor.load_state_dict({name.removeprefix("actor."): one for name, one in state["nets"].items() if name.startswith("actor.")})
+
+    @torch.no_grad()
+    def act(obs: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(actor(scaling.apply(torch.as_tensor(obs, dtype=torch.float32))).double().numpy())
+
+    return act

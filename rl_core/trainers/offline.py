@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,9 +71,10 @@ class OfflineTrainer:
         self.scaling = Scaling.of(data.obs) if schedule.normalize else Scaling.none(data.obs.shape[1])
         self.buffer = Buffer(max(len(data), capacity or 0), *data.sizes, self.device)
         self.add(data)
+        self.sizes = Sizes(*data.sizes, schedule.width, schedule.layers)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(schedule.seed)
-            made = method.networks(Sizes(*data.sizes, schedule.width, schedule.layers))
+            made = method.networks(self.sizes)
         self.nets = nn.ModuleDict(made).to(self.device)
         self.lagged = nn.ModuleDict({name: copy.deepcopy(self.nets[name]) for name in method.lagged()}).requires_grad_(False)
         prepared = method.prepare(self.buffer.all()) if isinstance(method, WithPreparation) else None
@@ -120,6 +121,7 @@ class OfflineTrainer:
         return copy.deepcopy({
             "nets": self.nets.state_dict(), "lagged": self.lagged.state_dict(), "rng": self.rng.get_state(),
             "stages": [stage.state() for stage in self.stages], "step": self.step, "cpu_seconds": self.cpu_seconds,
+            "scaling": vars(self.scaling), "sizes": asdict(self.sizes),
         })  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -127,6 +129,7 @@ class OfflineTrainer:
         self.nets.load_state_dict(state["nets"])
         self.lagged.load_state_dict(state["lagged"])
         self.rng.set_state(state["rng"])
+        self.scaling = Scaling(**state["scaling"])
         for stage, kept in zip(self.stages, state["stages"], strict=True):
             stage.restore(kept)
         self.step, self.cpu_seconds = state["step"], state["cpu_seconds"]

@@ -6,11 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from ope.data import InputError
 from propel import app
+from rl_core.envs.pendulum import Pendulum
+from rl_core.trainers.control import load_policy
+from rl_core.trainers.offline import returns
+from rl_core.verify.control import EPISODES
 
 RUNNER = CliRunner()
 SMALL, REPLAY = "[schedule]\nwidth = 16\n", "[collection]\nwarmup = 200\ncount = 4\nratio = 0.5\n"
@@ -82,3 +88,15 @@ def test_methods_that_collect_are_compared_by_steps_of_the_environment(tmp_path:
     assert "environment steps" in (tmp_path / "to" / "compare.svg").read_text()
     refused = RUNNER.invoke(app, ["rl", "compare", "--methods", "SAC,TD3BC", "--to", str(tmp_path / "no")])
     assert (refused.exit_code, "expected methods of one family: token, offline or online" in refused.stderr) == (2, True)
+
+
+def test_what_was_learned_is_loaded_without_its_data(tmp_path: Path) -> None:
+    rows = train(tmp_path, "td3bc", "--data", "pend-mix10", "--steps", "20")
+    act = load_policy(tmp_path / "out")
+    found = returns(act, Pendulum(), EPISODES, np.random.default_rng(10_000)).mean()
+    assert found == pytest.approx(rows[-1]["return"], rel=1e-6)
+    folder = tmp_path / "fresh"
+    folder.mkdir()
+    train(folder, "ControlPPO", "--steps", "2048")
+    with pytest.raises(InputError, match="found a run of ControlPPO; expected one from a log or from replay"):
+        load_policy(folder / "out")
