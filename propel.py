@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bandits.terminal import BAD_INPUT, bad_input
-from pipelines import nightly_commands, rl, rl_data
+from pipelines import nightly_commands, rl, rl_data, rl_promote
 from pipelines.log.commands import log_app
 from pipelines.policy_commands import policy_app
 from pipelines.terminal import (
@@ -62,6 +62,7 @@ app.command()(backup_commands.restore)
 app.add_typer(commands.key_app)
 rl_app.command()(rl.compare)
 rl_app.command()(rl.rollouts)
+rl_app.command()(rl_promote.promote)
 rl_app.add_typer(rl_data.data_app)
 app.add_typer(rl_app)
 

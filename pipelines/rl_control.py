@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from rl_core.aggregate import interquartile_mean, stratified_interval
 from rl_core.envs.pendulum import EXPERT, RANDOM, SETS
 from rl_core.trainers.checkpoints import Rows
 from rl_core.trainers.offline import OfflineSchedule
+from rl_core.verify import imitation
 from rl_core.verify.arms import Arms
 from rl_core.verify.control import PENDULUM, OfflineArm, OnlineArm, environment, on_pendulum, transitions
+from rl_core.verify.imitation import SMALL, ImitationArm
 
 COSTS: dict[str, str] = {"step": "gradient steps", "cpu_seconds": "CPU seconds"}
 
@@ -49,11 +51,10 @@ class Asked:
         given = (RANDOM, EXPERT) if data in SETS or self.references is None else self.references
         scale = 0.1 if env == PENDULUM else 1.0
         chosen = on_pendulum(method) if env == PENDULUM else method
-        every = max(self.steps // EVALUATIONS, 1)
         return [
             OfflineArm(chosen, data, OfflineSchedule(
-                steps=self.steps, batch=self.batch, width=self.width, reward_scale=scale, eval_every=every, seed=seed
-            ), env, given)
+                steps=self.steps, batch=self.batch, width=self.width, reward_scale=scale, seed=seed
+            ), env, given, EVALUATIONS)
             for seed in range(self.seeds)
         ]  # fmt: skip
 
@@ -112,6 +113,28 @@ class AskedOnline:
                 raise InputError(f"--references: found none; expected returns of score 0 and 100 in {one}")
 
 
+@dataclass(frozen=True)
+class AskedImitation:
+    """Which runs of methods that imitate: every method on 80 rows of the pendulum's expert, seed by seed."""
+
+    methods: Mapping[str, Any]
+    seeds: int
+    steps: int
+    """Of the environment."""
+    width: int
+    batch: int
+    data: Sequence[str] = (PENDULUM,)
+
+    def arms(self, method: Any, data: str) -> list[ImitationArm]:
+        """One a seed."""
+        schedule = replace(SMALL, steps=self.steps, width=self.width, batch=self.batch)
+        chosen = imitation.on_pendulum(method)
+        return [ImitationArm(chosen, replace(schedule, seed=seed), evaluations=EVALUATIONS) for seed in range(self.seeds)]
+
+    def check(self) -> None:
+        """Nothing: the expert is in closed form."""
+
+
 def referenced(text: str | None) -> tuple[float, float] | None:
     """`LOW,HIGH`. Raises InputError."""
     if text is None:
@@ -125,7 +148,9 @@ def referenced(text: str | None) -> tuple[float, float] | None:
     return low, high
 
 
-def compared(asked: Asked | AskedOnline, folder: Path, tell: Callable[[str], object]) -> tuple[list[dict[str, Any]], Spec]:
+def compared(
+    asked: Asked | AskedOnline | AskedImitation, folder: Path, tell: Callable[[str], object]
+) -> tuple[list[dict[str, Any]], Spec]:
     """A row per method and data set, one over all data where there are several; and the picture of learning."""
     asked.check()
     arms = {(name, data): asked.arms(method, data) for name, method in asked.methods.items() for data in asked.data}

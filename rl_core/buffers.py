@@ -26,13 +26,16 @@ class Buffer:
         self.obs, self.action, self.capacity = obs, action, capacity
         self.rows = torch.empty(capacity, 2 * obs + action + 5, device=device)
         self.size, self.next = 0, 0
+        self.weight: Tensor | None = None
         self.mass: Tensor | None = None
 
     def __len__(self) -> int:
         return self.size
 
     def add(self, data: Transitions) -> None:
-        """Keep these; weights are forgotten. Raises InputError for other dimensions, or more than there is room."""
+        """Keep these, with the largest weight so far where rows have any. Raises InputError for other dimensions, or more than
+        there is room.
+        """
         count = len(data)
         if data.sizes != (self.obs, self.action) or count > self.capacity:
             raise InputError(
@@ -47,20 +50,39 @@ class Buffer:
         where = (self.next + torch.arange(count, device=self.rows.device)) % self.capacity
         self.rows[where] = packed.to(self.rows)
         self.next = (self.next + count) % self.capacity
-        self.size, self.mass = min(self.size + count, self.capacity), None
+        self.size = min(self.size + count, self.capacity)
+        if self.weight is not None:
+            self.weight[where] = self.weight.max()
+            self.mass = None
 
     def weigh(self, weight: Tensor) -> None:
         """Draw row i from now on with a chance in proportion to weight[i]. Raises InputError for negative ones."""
         if weight.shape != (self.size,) or not bool(((weight >= 0) & weight.isfinite()).all()) or not bool(weight.sum() > 0):
             raise InputError(f"found weights of shape {tuple(weight.shape)}; expected {self.size}, none negative and some positive")
-        self.mass = weight.double().cumsum(dim=0).to(self.rows.device)
+        self.weight, self.mass = torch.zeros(self.capacity, dtype=torch.float64, device=self.rows.device), None
+        self.weight[: self.size] = weight.to(self.weight)
+
+    def reweigh(self, index: Tensor, weight: Tensor) -> None:
+        """Other weights (n,) of some rows. Nothing is looked at here: a check would wait for the device at every step."""
+        assert self.weight is not None, "weighed before"
+        self.weight[index] = weight.to(self.weight)
+        self.mass = None
 
     def draw(self, count: int, rng: Generator) -> Tensor:
         """Numbers of so many rows, with replacement: all alike, or by weight."""
-        if self.mass is None:
+        if self.weight is None:
             return torch.randint(0, self.size, (count,), generator=rng, device=self.rows.device)
+        if self.mass is None:
+            self.mass = self.weight[: self.size].cumsum(dim=0)
         chance = torch.rand(count, generator=rng, device=self.rows.device, dtype=torch.float64) * self.mass[-1]
         return torch.searchsorted(self.mass, chance, right=True).clamp(max=self.size - 1)
+
+    def rarity(self, index: Tensor) -> Tensor:
+        """(n,) how much seldomer these rows are drawn than if all were alike: 1 / (rows·chance)."""
+        if self.weight is None:
+            return torch.ones(len(index), device=self.rows.device)
+        found: Tensor = self.weight[: self.size].mean() / self.weight[index]
+        return found.to(self.rows)
 
     def take(self, index: Tensor) -> Transitions:
         """Rows by number. What is not known of them is NaN."""
@@ -78,13 +100,19 @@ class Buffer:
 
     def state(self) -> dict[str, Any]:
         """All that draws depend on, but for the generator."""
-        return {"rows": self.rows[: self.size].clone(), "next": self.next, "mass": self.mass}
+        return {"rows": self.rows[: self.size].clone(), "next": self.next, "weight": self.weights()}
+
+    def weights(self) -> Tensor | None:
+        """(rows,) by which rows are drawn, copied; None where all are alike."""
+        return None if self.weight is None else self.weight[: self.size].clone()
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
         self.size = len(state["rows"])
         self.rows[: self.size] = state["rows"]
-        self.next, self.mass = state["next"], state["mass"]
+        self.next, self.weight, self.mass = state["next"], None, None
+        if state["weight"] is not None:
+            self.weigh(state["weight"])
 
 
 def mixed(parts: Sequence[tuple[Buffer, float]], count: int, rng: Generator) -> Transitions:

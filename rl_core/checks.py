@@ -15,6 +15,14 @@ def at_least(record: Any, low: float, *names: str) -> None:
             raise InputError(f"{name}: found {value}; expected at least {low:g}")
 
 
+def above(record: Any, low: float, *names: str) -> None:
+    """Raises InputError, naming the field, for one that is not above; NaN is not. None is off."""
+    for name in names:
+        value = getattr(record, name)
+        if value is not None and not value > low:
+            raise InputError(f"{name}: found {value}; expected above {low:g}")
+
+
 def within(record: Any, low: float, high: float, *names: str) -> None:
     """Raises InputError, naming the field, for one outside [low, high]. None is off."""
     for name in names:

@@ -74,13 +74,14 @@ def train(
     method: Name,
     out: Annotated[Path, typer.Option("--out", help="Folder of checkpoint and metrics.jsonl; a run that stopped goes on there.")],
     settings: Annotated[
-        Path | None, typer.Option("--settings", help="TOML: [method] and [schedule], fields as `show` names them.")
+        Path | None, typer.Option("--settings", help="TOML: [method], [schedule], and [collection] of what collects for itself.")
     ] = None,
     task: Annotated[str, typer.Option("--task", help="Of language models: addition or fillers.")] = "addition",
     data: Annotated[
         str | None, typer.Option("--data", help="Of control: a set of the pendulum such as pend-mix10, or a file of transitions.")
     ] = None,
     env: Annotated[str, typer.Option("--env", help="Of control: pendulum, or a name of Gymnasium's.")] = "pendulum",
+    evaluations: Annotated[int, typer.Option("--evaluations", min=1, help="Of control: how often the policy is judged.")] = 10,
     steps: Annotated[int | None, typer.Option("--steps", help="Steps; else the settings' own.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the start, and of all that is drawn.")] = None,
     json_: AsJson = False,
@@ -103,7 +104,7 @@ def train(
                 rows = _train_tokens(method, out, settings, task, steps, seed, tell)
                 names = ("step", "rollouts", "cpu_seconds", "pass_at_1", "entropy", "ess")
             else:
-                rows = _train_control(method, out, settings, data, env, steps, seed, tell)
+                rows = _train_control(method, out, settings, data, env, evaluations, steps, seed, tell)
                 names = ("step", "cpu_seconds", "return", *(("score",) if env == "pendulum" else ()))
         if json_:
             typer.echo(json.dumps(rows, indent=2))
@@ -133,19 +134,20 @@ def _train_tokens(
 
 
 def _train_control(
-    method: str, out: Path, settings: Path | None, data: str | None, env: str, steps: int | None, seed: int | None, tell: Tell
-) -> list[dict[str, float]]:
+    method: str, out: Path, settings: Path | None, data: str | None, env: str, evaluations: int, steps: int | None,
+    seed: int | None, tell: Tell,
+) -> list[dict[str, float]]:  # fmt: skip
     """A row at every evaluation: the mean return of the policy, and on the pendulum its score."""
     from functools import partial
 
     from rl_core.envs.pendulum import SETS
     from rl_core.trainers.control import course
-    from rl_core.verify.control import PENDULUM, content_of, environment, evaluated, transitions
+    from rl_core.verify.control import PENDULUM, content_of, environment, judged, transitions
 
     logged = None if data is None else transitions(data, seed or 0)
     told = {"data": "none" if data is None else data if data in SETS else content_of(data), "env": env}
-    made = course(method, settings, data=logged, env=environment(env), steps=steps, seed=seed, told=told)
-    judge = partial(evaluated, seed=seed or 0, env=env)
+    made = course(method, settings, data=logged, env=environment(env), steps=steps, seed=seed, evaluations=evaluations, told=told)
+    judge = partial(judged, seed=seed or 0, env=env)
     tell(0, made.total, "return ?")
     rows = made.run(judge, out, lambda row: tell(row["step"], made.total, f"return {row['return']:.1f}"))
     return rows if env == PENDULUM else [{name: value for name, value in row.items() if name != "score"} for row in rows]
@@ -154,25 +156,48 @@ def _train_control(
 @rl_app.command("eval")
 def evaluate_checkpoint(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `train --out` wrote.")],
-    prompts: Annotated[int, typer.Option("--prompts", min=1, help="How many fixed prompts.")] = 1024,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Of language models: how many fixed prompts.")] = 1024,
+    episodes: Annotated[int, typer.Option("--episodes", min=2, help="Of control: how many.")] = 100,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of control: of the episodes, and of a mixture's learners.")] = 0,
     json_: AsJson = False,
 ) -> None:
-    """pass@1 of a checkpoint on the task that it was trained for, with its standard error."""
+    """pass@1 of a checkpoint on its task, or the mean return of its policy in its environment, with the standard error."""
     with bad_input("rl"):
-        from rl_core.models.lm import LM
+        from rl_core.registry import family_of, find
         from rl_core.trainers.checkpoints import load_checkpoint
-        from rl_core.trainers.token import evaluate
-        from rl_core.verify.token import task_of
 
-        kept = load_checkpoint(folder)
-        task, model = task_of(kept["about"]), LM()
-        model.load_state_dict(kept["trainer"]["policy"])
-        value = evaluate(model, task, prompts, kept["about"]["schedule"]["temperature"])
-        error = (value * (1 - value) / prompts) ** 0.5
-        if json_:
-            typer.echo(json.dumps({"pass_at_1": value, "stderr": error, "prompts": prompts}))
-            return
-        typer.echo(f"pass@1 {value:.3f} +- {error:.3f} (standard error over {prompts:,} prompts)")
+        about = load_checkpoint(folder)["about"]
+        if family_of(find(about["method"]["name"])) == "token":
+            told, said = _evaluate_tokens(folder, prompts)
+        else:
+            told, said = _evaluate_control(folder, about["env"], episodes, seed)
+        typer.echo(json.dumps(told) if json_ else said)
+
+
+def _evaluate_tokens(folder: Path, prompts: int) -> tuple[dict[str, Any], str]:
+    from rl_core.models.lm import LM
+    from rl_core.trainers.checkpoints import load_checkpoint
+    from rl_core.trainers.token import evaluate
+    from rl_core.verify.token import task_of
+
+    kept = load_checkpoint(folder)
+    task, model = task_of(kept["about"]), LM()
+    model.load_state_dict(kept["trainer"]["policy"])
+    value = evaluate(model, task, prompts, kept["about"]["schedule"]["temperature"])
+    error = (value * (1 - value) / prompts) ** 0.5
+    told = {"pass_at_1": value, "stderr": error, "prompts": prompts}
+    return told, f"pass@1 {value:.3f} +- {error:.3f} (standard error over {prompts:,} prompts)"
+
+
+def _evaluate_control(folder: Path, env: str, episodes: int, seed: int) -> tuple[dict[str, Any], str]:
+    from rl_core.trainers.control import load_policy
+    from rl_core.verify.control import PENDULUM, evaluated
+
+    found = evaluated(load_policy(folder, episodes, seed), seed=seed, env=env, episodes=episodes)
+    told = {"env": env, "return": found["return"], "stderr": found["stderr"], "episodes": episodes}
+    score = f", score {found['score']:.1f}" if env == PENDULUM else ""
+    told |= {"score": found["score"]} if env == PENDULUM else {}
+    return told, f"return {found['return']:.1f} +- {found['stderr']:.1f} (standard error over {episodes:,} episodes){score}"
 
 
 @rl_app.command()

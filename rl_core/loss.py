@@ -17,6 +17,8 @@ class Loss(NamedTuple):
     weights: tuple[float, ...]
     metrics: Mapping[str, Terms]
     """Ratios to look at, of the same kind."""
+    errors: Array | None = None
+    """(B,) sizes of the rows' errors, where rows are drawn by them."""
 
 
 def total(found: Loss, dens: Sequence[Array] | None = None) -> Array:

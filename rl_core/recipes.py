@@ -10,21 +10,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ope.data import InputError
 from rl_core.buffers import UNKNOWN
 from rl_core.envs.gym import GymEnv
 from rl_core.envs.pendulum import Mixed, Pendulum, expert, score, uniform
-from rl_core.families.offline import Draw, Learner, Stage, Transitions, joined
+from rl_core.exploration import log_density
+from rl_core.families.offline import Transitions, joined
 from rl_core.methods.td3 import TD3, Twin
-from rl_core.models.mlp import Sizes
-from rl_core.paper import Paper
 from rl_core.trainers.offline import Act, Environment, OfflineSchedule, recorded, returns
 from rl_core.trainers.online import UNIFORM, ReplaySchedule, ReplayTrainer
 
@@ -36,45 +35,6 @@ EXPERT, MIXED = -2.0, -3.0
 
 EVALUATION = 10_000
 """Added to a seed for episodes that evaluate: no data set has them."""
-
-
-@dataclass(frozen=True)
-class Collecting:
-    """TD3 as it collects: what its policy takes, and noise, cut to [-1, 1]."""
-
-    paper: ClassVar[Paper] = TD3.paper
-    method: TD3
-    noise: float = 0.1
-
-    @property
-    def tau(self) -> float:
-        """TD3's."""
-        return self.method.tau
-
-    def networks(self, sizes: Sizes) -> Mapping[str, nn.Module]:
-        """TD3's."""
-        return self.method.networks(sizes)
-
-    def lagged(self) -> tuple[str, ...]:
-        """TD3's."""
-        return self.method.lagged()
-
-    def stages(self) -> tuple[Stage, ...]:
-        """TD3's."""
-        return self.method.stages()
-
-    def explore(self, learner: Learner, obs: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-        """Actions (B, A), and the log densities (B,) with which they were drawn."""
-        mean = learner.nets["actor"](obs)
-        action = (mean + self.noise * draw.normal(*mean.shape)).clamp(-1, 1)
-        return action, log_density(mean, action, self.noise)
-
-
-def log_density(mean: Tensor, action: Tensor, noise: float) -> Tensor:
-    """(B,) of noisy actions (B, A). NaN where one was cut: the ends are drawn with a mass, which no density tells."""
-    inside = (action.abs() < 1).all(dim=1)
-    found = (-0.5 * ((action - mean) / noise) ** 2 - math.log(noise * math.sqrt(2 * math.pi))).sum(dim=1)
-    return torch.where(inside, found, torch.full_like(found, UNKNOWN))
 
 
 @dataclass(frozen=True)
@@ -99,7 +59,7 @@ class Training:
             steps=self.steps, batch=self.batch, width=self.width, normalize=False, reward_scale=self.reward_scale, seed=seed
         )
         return ReplayTrainer(
-            Collecting(TD3(twin), self.noise), env, ReplaySchedule(learning, warmup=self.warmup, capacity=self.steps)
+            TD3(twin, exploration=self.noise), env, ReplaySchedule(learning, warmup=self.warmup, capacity=self.steps)
         )
 
     def run(self, env: Environment, seed: int, progress: Progress) -> ReplayTrainer:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ope.data import InputError
+from rl_core.checks import at_least
 from rl_core.families.offline import OfflineMethod, mean_of
 from rl_core.loss import Loss
 from rl_core.paper import Paper
@@ -82,11 +83,8 @@ class Plan:
     """How the inner learner draws its rows: all alike, or as the judge does."""
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "rl_every": 1, "judge_steps": 0, "judge_every": 1, "samples": 1, "rolls": 1, "learners": 1}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise InputError(f"{name}: found {value}; expected at least {low}")
+        at_least(self, 1, "steps", "rl_every", "judge_every", "samples", "rolls", "learners")
+        at_least(self, 0, "judge_steps")
         if self.samples % self.rolls:
             raise InputError(f"samples: found {self.samples} for {self.rolls} episodes; expected as many rows of each")
         if self.against == "replay" and self.replay == "weighted":

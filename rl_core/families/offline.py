@@ -41,6 +41,8 @@ class Transitions:
     """(n,) id of who acted."""
     row: Tensor | None = None
     """(n,) numbers of the rows in the buffer that they are from."""
+    weight: Tensor | None = None
+    """(n,) what a row counts for in the critics' errors, where rows were not drawn all alike; at most 1."""
 
     def __len__(self) -> int:
         return len(self.obs)
@@ -172,9 +174,16 @@ def mean_of(values: Tensor) -> Terms:
     return Terms(values.sum(), values.new_tensor(float(values.shape[-1])))
 
 
-def squared_errors(found: Tensor, wanted: Tensor) -> Terms:
-    """-(Q - y)² of every member (E, B), to be maximised: Σ over members of the mean over rows."""
-    return mean_of(-((found - wanted) ** 2))
+def squared_errors(found: Tensor, wanted: Tensor, weight: Tensor | None = None) -> Terms:
+    """-w(Q - y)² of every member (E, B), to be maximised: Σ over members of the mean over rows."""
+    squared = (found - wanted) ** 2
+    return mean_of(-squared if weight is None else -weight * squared)
+
+
+def fitted(found: Tensor, wanted: Tensor, batch: Transitions) -> Loss:
+    """Squared errors of critics (E, B), the first one's mean value to look at, and the rows' errors where priorities need them."""
+    errors = None if batch.weight is None else (found.detach() - wanted).abs().mean(dim=0)
+    return Loss((squared_errors(found, wanted, batch.weight),), (1.0,), {"q": mean_of(found.detach()[0])}, errors)
 
 
 def backup(batch: Transitions, following: Tensor, discount: float) -> Tensor:

@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from ope.data import InputError
 from ope.primitives.returns import gae
 from ope.primitives.terms import Terms
+from rl_core.checks import above, at_least
 from rl_core.families.offline import mean_of
 from rl_core.loss import Loss
 from rl_core.models.distributions import Distribution
@@ -99,11 +99,9 @@ class Plan:
     """No further step of the policy on a batch once the mean k3 of the rows at hand is above 1.5 times this."""
 
     def __post_init__(self) -> None:
-        least = {"epochs": 1, "minibatch": 1, "value_epochs": 0, "value_minibatch": 1}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise InputError(f"{name}: found {value}; expected at least {low}")
+        at_least(self, 1, "epochs", "minibatch", "value_minibatch")
+        at_least(self, 0, "value_epochs", "rate")
+        above(self, 0, "grad_clip", "kl_stop")
 
 
 class OnlineMethod(Protocol):

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ope.data import InputError
+from rl_core.checks import at_least
 from rl_core.families.imitation import JensenShannon, Plan, ReverseKL, Wasserstein
 from rl_core.families.offline import OfflineMethod
 from rl_core.loss import Loss
@@ -67,6 +68,7 @@ class AILBoost:
     plan: Plan = Plan()
 
     def __post_init__(self) -> None:
+        at_least(self, 0, "penalty", "judge_rate")
         if not 0 < self.alpha <= 1:
             raise InputError(f"alpha: found {self.alpha}; expected the share of the newest learner, above 0 and at most 1")
 

@@ -9,9 +9,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ope.data import InputError
 from ope.primitives.weights import exp_advantage
-from rl_core.families.offline import Draw, Learner, Stage, Transitions, backup, mean_of, squared_errors
+from rl_core.checks import above, at_least, within
+from rl_core.exploration import cut
+from rl_core.families.offline import Draw, Learner, Stage, Transitions, backup, fitted, mean_of
 from rl_core.loss import Loss
 from rl_core.models.mlp import Critic, Gaussian, Sizes
 from rl_core.paper import Paper
@@ -58,8 +59,9 @@ class AWAC:
     critic_rate: float = 3e-4
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0 or not self.cap > 0:
-            raise InputError(f"temperature, cap: found {self.temperature}, {self.cap}; expected both above 0")
+        within(self, 0, 1, "discount", "tau")
+        at_least(self, 0, "actor_rate", "critic_rate")
+        above(self, 0, "temperature", "cap")
 
     def networks(self, sizes: Sizes) -> Mapping[str, nn.Module]:
         """An actor and twin critics."""
@@ -73,13 +75,17 @@ class AWAC:
         """The critics, then the actor by what they have learned."""
         return Stage({"critic": self.critic_rate}, self.critic), Stage({"actor": self.actor_rate}, self.actor, follows=("critic",))
 
+    def explore(self, learner: Learner, obs: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Draws of the policy, cut to what can be done."""
+        return cut(*learner.nets["actor"].draw(obs, draw.normal(len(obs), learner.nets["actor"].log_std.shape[0])))
+
     def critic(self, learner: Learner, batch: Transitions, draw: Draw) -> Loss:
         """Squared errors to the lower lagged value of an action that the policy draws."""
         with torch.no_grad():
             following = learner.lagged["critic"](batch.next_obs, drawn(learner, batch.next_obs, batch.action, draw)).amin(dim=0)
             wanted = backup(batch, following, self.discount)
         found = learner.nets["critic"](batch.obs, batch.action)
-        return Loss((squared_errors(found, wanted),), (1.0,), {"q": mean_of(found.detach()[0])})
+        return fitted(found, wanted, batch)
 
     def actor(self, learner: Learner, batch: Transitions, draw: Draw) -> Loss:
         """Log densities of what was done, weighed."""

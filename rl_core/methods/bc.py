@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ope.data import InputError
 from ope.primitives.terms import Terms
+from rl_core.checks import at_least, within
 from rl_core.families.offline import Draw, Learner, Stage, Transitions, mean_of
 from rl_core.loss import Loss
 from rl_core.models.mlp import Deterministic, Gaussian, Sizes
@@ -45,6 +46,8 @@ class BC:
     rate: float = 3e-4
 
     def __post_init__(self) -> None:
+        at_least(self, 0, "rate")
+        within(self, 0, 1, "episode_discount")
         if self.top is not None and not 0 < self.top <= 1:
             raise InputError(f"top: found {self.top}; expected a share above 0, at most 1, or none for all episodes")
 

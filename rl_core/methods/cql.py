@@ -10,11 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ope.data import InputError
 from ope.primitives.terms import Terms
-from rl_core.checks import at_least, within
-from rl_core.families.offline import Draw, Learner, Stage, Transitions, backup, mean_of, squared_errors
+from rl_core.checks import above, at_least, within
+from rl_core.families.offline import Draw, Learner, Stage, Transitions, backup, fitted, mean_of
 from rl_core.loss import Loss
+from rl_core.methods.sac import drawn
 from rl_core.models.mlp import Critic, Sizes, Squashed, Temperature
 from rl_core.paper import Paper
 
@@ -72,9 +72,8 @@ class CQL:
     def __post_init__(self) -> None:
         within(self, 0, 1, "discount", "tau")
         at_least(self, 0, "alpha", "actor_rate", "critic_rate", "temperature_rate")
-        if self.samples < 1 or not self.softness > 0 or not self.temperature_start > 0:
-            found = f"{self.samples}, {self.softness}, {self.temperature_start}"
-            raise InputError(f"samples, softness, temperature_start: found {found}; expected at least 1, and two numbers above 0")
+        at_least(self, 1, "samples")
+        above(self, 0, "softness", "temperature_start")
 
     def networks(self, sizes: Sizes) -> Mapping[str, nn.Module]:
         """An actor, twin critics and what entropy is worth."""
@@ -92,6 +91,10 @@ class CQL:
         rates = {"actor": self.actor_rate, "temperature": self.temperature_rate}
         return Stage({"critic": self.critic_rate}, self.critic), Stage(rates, self.actor, follows=("critic",))
 
+    def explore(self, learner: Learner, obs: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """The policy's own actions."""
+        return drawn(learner.nets["actor"], obs, draw)
+
     def critic(self, learner: Learner, batch: Transitions, draw: Draw) -> Loss:
         """Squared errors, and the gaps between what could be done and what was done."""
         with torch.no_grad():
@@ -103,8 +106,8 @@ class CQL:
         q = learner.nets["critic"](obs.flatten(0, 1), every.flatten(0, 1)).unflatten(1, (len(every), len(batch)))
         found = q[:, -1]
         gap = mean_of(conservative_gap(q[:, :-1], density, found, self.softness))
-        told = {"q": mean_of(found.detach()[0]), "gap": Terms(gap.num.detach() / len(found), gap.den)}
-        return Loss((squared_errors(found, wanted), gap), (1.0, -self.alpha), told)
+        told, fit = {"gap": Terms(gap.num.detach() / len(found), gap.den)}, fitted(found, wanted, batch)
+        return Loss((*fit.terms, gap), (1.0, -self.alpha), {**fit.metrics, **told}, fit.errors)
 
     def candidates(self, learner: Learner, batch: Transitions, draw: Draw) -> tuple[Tensor, Tensor]:
         """Actions (3n, B, A), and the log densities (3n, B) with which they were drawn: uniform, of π(·|s') and of π(·|s)."""

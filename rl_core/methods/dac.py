@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from rl_core.checks import at_least
 from rl_core.families.imitation import JensenShannon, Plan, ReverseKL, Wasserstein
 from rl_core.families.offline import OfflineMethod
 from rl_core.loss import Loss
@@ -49,6 +50,9 @@ class DAC:
     judge_rate: float = 1e-4
     sac: SAC = SAC(actor_rate=1e-4, critic_rate=1e-4, temperature_rate=1e-4)
     plan: Plan = Plan(judge_steps=0, judge_every=1, against="replay", learners=1)
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "penalty", "judge_rate")
 
     @property
     def inner(self) -> OfflineMethod:

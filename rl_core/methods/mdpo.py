@@ -18,7 +18,7 @@ from ope.primitives.terms import Terms
 from ope.primitives.weights import ratio
 from rl_core.buffers import UNKNOWN
 from rl_core.checks import at_least, within
-from rl_core.families.offline import Draw, Learner, Stage, Transitions, backup, mean_of, squared_errors
+from rl_core.families.offline import Draw, Learner, Stage, Transitions, backup, fitted, mean_of, squared_errors
 from rl_core.families.online import CreditedRows, Plan, Steps, generalised, value_errors
 from rl_core.loss import Loss
 from rl_core.models.distributions import Distribution
@@ -126,8 +126,9 @@ class OffPolicyMDPO:
     """Collect by sampling; else by the mean, of which no density is known."""
 
     def __post_init__(self) -> None:
-        if self.refresh < 1:
-            raise InputError(f"refresh: found {self.refresh}; expected at least 1 step")
+        at_least(self, 1, "refresh")
+        within(self, 0, 1, "discount", "tau")
+        at_least(self, 0, "kl_coef", "entropy_coef", "rate", "penalty")
 
     def networks(self, sizes: Sizes) -> Mapping[str, nn.Module]:
         """An actor, twin critics of actions and a value of observations."""
@@ -170,8 +171,8 @@ class OffPolicyMDPO:
             soft = nets["critic"](batch.obs, torch.tanh(before)).amin(dim=0) - self.entropy_coef * logp
             wanted = backup(batch, learner.lagged["value"](batch.next_obs), self.discount)
         found, value = nets["critic"](batch.obs, batch.action), nets["value"](batch.obs)
-        errors = squared_errors(found, wanted), squared_errors(value, soft)
-        return Loss(errors, (0.5, 0.5), {"q": mean_of(found.detach()[0])})
+        fit = fitted(found, wanted, batch)
+        return Loss((*fit.terms, squared_errors(value, soft, batch.weight)), (0.5, 0.5), fit.metrics, fit.errors)
 
 
 def fresh(actor: Any, obs: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,9 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ope.data import InputError
-from rl_core.checks import at_least, within
-from rl_core.families.offline import Draw, Learner, Stage, Transitions, backup, mean_of, squared_errors
+from rl_core.checks import above, at_least, within
+from rl_core.families.offline import Draw, Learner, Stage, Transitions, backup, fitted, mean_of
 from rl_core.loss import Loss
 from rl_core.models.mlp import Critic, Sizes, Squashed, Temperature
 from rl_core.paper import Paper
@@ -66,8 +65,7 @@ class SAC:
     def __post_init__(self) -> None:
         within(self, 0, 1, "discount", "tau")
         at_least(self, 0, "actor_rate", "critic_rate", "temperature_rate")
-        if self.temperature <= 0:
-            raise InputError(f"temperature: found {self.temperature}; expected above 0, as small as you like")
+        above(self, 0, "temperature")
 
     def networks(self, sizes: Sizes) -> Mapping[str, nn.Module]:
         """An actor, twin critics and a temperature."""
@@ -98,7 +96,7 @@ class SAC:
             following = learner.lagged["critic"](batch.next_obs, action).amin(dim=0) - learner.nets["temperature"]() * logp
             wanted = backup(batch, following, self.discount)
         found = learner.nets["critic"](batch.obs, batch.action)
-        return Loss((squared_errors(found, wanted),), (1.0,), {"q": mean_of(found.detach()[0])})
+        return fitted(found, wanted, batch)
 
     def actor(self, learner: Learner, batch: Transitions, draw: Draw) -> Loss:
         """The lower critic's value of what the policy does, and its entropy at the present price."""

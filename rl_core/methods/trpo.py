@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ope.primitives.weights import ratio
+from rl_core.checks import above, at_least, within
 from rl_core.families.offline import mean_of
 from rl_core.families.online import CreditedRows, Plan, Steps, generalised, value_errors
 from rl_core.loss import Loss, total
@@ -59,6 +60,12 @@ class TRPO:
     discount: float = 0.99
     lambda_: float = 0.97
     plan: Plan = Plan(epochs=1, minibatch=None, value_epochs=5, value_minibatch=128, standardize="batch", rate=1e-3)
+
+    def __post_init__(self) -> None:
+        within(self, 0, 1, "discount", "lambda_", "backtrack")
+        above(self, 0, "delta")
+        at_least(self, 0, "damping", "backtracks")
+        at_least(self, 1, "conjugate_steps")
 
     def credit(self, steps: Steps) -> tuple[Tensor, Tensor]:
         """Generalised advantages and λ-returns."""

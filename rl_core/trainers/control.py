@@ -10,18 +10,33 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from ope.data import InputError
 from rl_core.config import changed, from_table, method_from
-from rl_core.families.offline import Transitions, WithExploration
+from rl_core.families.imitation import ImitationMethod
+from rl_core.families.offline import OfflineMethod, Transitions, WithExploration
+from rl_core.families.online import OnlineMethod
 from rl_core.models.mlp import Sizes
+from rl_core.models.policies import ChoicePolicy, NormalPolicy
 from rl_core.registry import family_of, named
 from rl_core.scaling import Scaling
 from rl_core.settings import read_tables
 from rl_core.trainers.checkpoints import Rows, append_metrics, identity, load_checkpoint, read_checkpoint, write_checkpoint
-from rl_core.trainers.imitation import ImitationSchedule, ImitationTrainer
+from rl_core.trainers.imitation import ImitationSchedule, ImitationTrainer, mixture_of
 from rl_core.trainers.offline import Act, Environment, OfflineSchedule, OfflineTrainer
-from rl_core.trainers.online import OnlineSchedule, OnlineTrainer, ReplaySchedule, ReplayTrainer
+from rl_core.trainers.online import OnlineSchedule, OnlineTrainer, ReplaySchedule, ReplayTrainer, Running
+
+Policies = Callable[[int], Act]
+"""What was learned so far, for so many episodes side by side: of a mixture each has a learner of its own."""
+
+Judge = Callable[[Policies], Mapping[str, float]]
+
+EVALUATIONS = 10
+"""Of a run, where nothing else is said."""
+
+MIXED = 30_000
+"""Added to a seed for the learners that episodes of an evaluation have."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +48,15 @@ class Course:
     stretch: Callable[[int], object]
     """Go on for at most so many steps."""
     metrics: Callable[[], Mapping[str, float]]
+    policies: Policies
     total: int
-    every: int
-    """Steps between two evaluations."""
+    evaluations: int
     about: Mapping[str, Any]
     """What run it is."""
 
     def run(
         self,
-        judge: Callable[[Act], Mapping[str, float]],
+        judge: Judge,
         folder: Path | None = None,
         progress: Callable[[Mapping[str, float]], object] = lambda metrics: None,
     ) -> Rows:
@@ -49,11 +64,12 @@ class Course:
         state, rows = read_checkpoint(folder, self.about, self.total)
         if state is not None:
             self.trainer.restore(state)
+        every = max(self.total // self.evaluations, 1)
         while self.done() < self.total:
-            until = min((self.done() // self.every + 1) * self.every, self.total)
+            until = min((self.done() // every + 1) * every, self.total)
             while self.done() < until:
                 self.stretch(until - self.done())
-            rows.append({**self.metrics(), "step": self.done(), **judge(self.trainer.act)})
+            rows.append({**self.metrics(), "step": self.done(), **judge(self.policies)})
             append_metrics(folder, rows[-1])
             progress(rows[-1])
             if folder is not None:
@@ -63,92 +79,139 @@ class Course:
 
 def course(
     name: str, settings: Path | None, *, data: Transitions | None, env: Environment, steps: int | None, seed: int | None,
-    evaluations: int = 10, told: Mapping[str, Any],
+    evaluations: int = EVALUATIONS, told: Mapping[str, Any],
 ) -> Course:  # fmt: skip
     """The run that a command line asks for. `data`: a log, which offline methods need; `told`: names of data and environment.
 
     Raises InputError for settings that no method or schedule has, and for an offline method without data.
     """
     tables = read_tables(settings)
-    made = named(name)
-    made = changed(made, tables.get("method", {}))
+    made = changed(named(name), tables.get("method", {}))
     said = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
-    schedule, collection = tables.get("schedule", {}) | said, tables.get("collection", {})
-    return course_of(made, schedule, collection, data=data, env=env, evaluations=evaluations, told=told)
+    schedule = tables.get("schedule", {}) | said
+    return course_of(made, schedule, tables.get("collection"), data=data, env=env, evaluations=evaluations, told=told)
 
 
 def course_of(
-    made: Any, schedule: Mapping[str, Any], collection: Mapping[str, Any], *, data: Transitions | None, env: Environment,
-    evaluations: int = 10, told: Mapping[str, Any],
+    made: Any, schedule: Mapping[str, Any], collection: Mapping[str, Any] | None, *, data: Transitions | None, env: Environment,
+    evaluations: int = EVALUATIONS, told: Mapping[str, Any],
 ) -> Course:  # fmt: skip
-    """A method's run by the trainer of its family, from tables of schedule and, for replay, of collection. Raises InputError."""
-    family = family_of(type(made))
-    online = family == "online"
+    """A method's run by the trainer of its family, from tables of schedule and of collection; None: it does not collect.
+
+    An offline method that explores goes online where there is a table of collection: on the data first, then on what it does
+    itself. Raises InputError.
+    """
+    family, name, collects = family_of(type(made)), type(made).__name__, isinstance(made, WithExploration)
     if data is not None and data.sizes != (env.obs_size, env.action_size):
         raise InputError(f"--data: found sizes {data.sizes}; expected {(env.obs_size, env.action_size)}, as the environment has")
-    if collection and (family != "online" or not isinstance(made, WithExploration)):
-        raise InputError(
-            f"[collection]: found {', '.join(collection)}; expected none: {type(made).__name__} does not learn from replay"
-        )
+    if collection is not None and not (collects and family in ("online", "offline")):
+        raise InputError(f"[collection]: found {', '.join(collection)}; expected none: {name} does not learn from replay")
     if family == "imitation":
         if data is None:
             raise InputError("--data: found none; expected what the expert did: a set such as pend-exp10, or a file of transitions")
-        copied = from_table(ImitationSchedule, schedule)
-        judged = ImitationTrainer(made, env, data, copied)
-        return _course(made, copied, judged, lambda: judged.step, judged.advance, judged.metrics, copied.steps, evaluations, told)
-    if online and not isinstance(made, WithExploration):
-        fresh_schedule = from_table(OnlineSchedule, schedule)
-        fresh = OnlineTrainer(made, env, fresh_schedule)
-        rows = dict[str, float]()
-        return _course(
-            made, fresh_schedule, fresh, lambda: fresh.taken, lambda most: rows.update(fresh.advance()), lambda: dict(rows),
-            fresh_schedule.steps, evaluations, told,
-        )  # fmt: skip
-    learning = from_table(OfflineSchedule, {"normalize": not online, **schedule})
-    if online:
-        collected = replace(from_table(ReplaySchedule, collection), learning=learning)
-        replay = ReplayTrainer(made, env, collected, data=data)
-        each = collected.count * collected.ratio
-        about = {name: value for name, value in asdict(collected).items() if name != "learning"}
-
-        def collect(most: int) -> None:
-            replay.advance(max(int(most / each), 1))
-
-        return _course(
-            made, learning, replay, lambda: replay.learner.step, collect, replay.metrics, learning.steps, evaluations,
-            {**told, "collection": about},
-        )  # fmt: skip
+        return imitation(made, env, data, from_table(ImitationSchedule, schedule), evaluations=evaluations, told=told)
+    if family == "online" and not collects:
+        if data is not None:
+            raise InputError(f"--data: found some; expected none: {name} learns from what it has just done itself")
+        return fresh(made, env, from_table(OnlineSchedule, schedule), evaluations=evaluations, told=told)
+    normalize = family == "offline" and data is not None
+    learning = from_table(OfflineSchedule, {"normalize": normalize, **schedule})
+    if family == "online" or collection is not None:
+        collected = replace(from_table(ReplaySchedule, collection or {}), learning=learning)
+        return replayed(made, env, collected, data=data, evaluations=evaluations, told=told)
     if data is None:
+        more = ", or a table [collection] in --settings: it can collect for itself" if collects else ""
         raise InputError(
-            f"--data: found none; expected a set of the pendulum, or a file of transitions, which {type(made).__name__} learns from"
+            f"--data: found none; expected a set of the pendulum, or a file of transitions, which {name} learns from{more}"
         )
-    offline = OfflineTrainer(made, data, learning)
-    return _course(
-        made, learning, offline, lambda: offline.step, offline.advance, offline.metrics, learning.steps, evaluations, told
-    )
+    return offline(made, data, learning, evaluations=evaluations, told=told)
 
 
-def _course(
-    method: Any, schedule: Any, trainer: Any, done: Callable[[], int], stretch: Callable[[int], object],
-    metrics: Callable[[], Mapping[str, float]], total: int, evaluations: int, told: Mapping[str, Any],
-) -> Course:  # fmt: skip
+def offline(
+    method: OfflineMethod, data: Transitions, schedule: OfflineSchedule, *, evaluations: int = 1, told: Mapping[str, Any]
+) -> Course:
+    """From a log. Steps are gradient steps."""
+    made = OfflineTrainer(method, data, schedule)
     about = identity(method, schedule, **told)
-    return Course(trainer, done, stretch, metrics, total, max(total // evaluations, 1), about)
+    return Course(made, lambda: made.step, made.advance, made.metrics, lambda n: made.act, schedule.steps, evaluations, about)
 
 
-def load_policy(folder: Path | str) -> Act:
+def replayed(
+    method: OfflineMethod, env: Environment, schedule: ReplaySchedule, *, data: Transitions | None = None, evaluations: int = 1,
+    told: Mapping[str, Any],
+) -> Course:  # fmt: skip
+    """From replay. Steps are gradient steps."""
+    made = ReplayTrainer(method, env, schedule, data=data)
+    each, total = schedule.count * schedule.ratio, schedule.learning.steps
+
+    def stretch(most: int) -> None:
+        until = schedule.offline_steps - made.learner.step
+        made.advance(min(until, most) if until > 0 else max(int(most / each), 1))
+
+    collection = {name: value for name, value in asdict(schedule).items() if name != "learning"}
+    about = identity(method, schedule.learning, **told, collection=collection)
+    return Course(made, lambda: made.learner.step, stretch, made.metrics, lambda n: made.act, total, evaluations, about)
+
+
+def fresh(
+    method: OnlineMethod, env: Environment, schedule: OnlineSchedule, *, evaluations: int = 1, told: Mapping[str, Any]
+) -> Course:
+    """From fresh batches. Steps are of all environments together."""
+    made, row, about = OnlineTrainer(method, env, schedule), dict[str, float](), identity(method, schedule, **told)
+    return Course(
+        made, lambda: made.taken, lambda most: row.update(made.advance()), lambda: dict(row), lambda n: made.act, schedule.steps,
+        evaluations, about,
+    )  # fmt: skip
+
+
+def imitation(
+    method: ImitationMethod, env: Environment, expert: Transitions, schedule: ImitationSchedule, *, evaluations: int = 1,
+    told: Mapping[str, Any],
+) -> Course:  # fmt: skip
+    """From an expert's rows. Steps are of the environment; until a first round has ended the last policy is what was learned."""
+    made, about = ImitationTrainer(method, env, expert, schedule), identity(method, schedule, **told)
+
+    def policies(episodes: int) -> Act:
+        return made.returned(episodes, np.random.default_rng(MIXED + schedule.seed)) if made.actors else made.act
+
+    return Course(made, lambda: made.step, made.advance, made.metrics, policies, schedule.steps, evaluations, about)
+
+
+def load_policy(folder: Path | str, episodes: int = 1, seed: int = 0) -> Act:
     """What a run of `propel rl train` learned: observations (n, S) -> actions (n, A), scaled as it was. Without its data.
 
-    Raises InputError for a folder without a checkpoint, or of a run that did not learn control from a log or from replay.
+    `episodes`: how many go on side by side; of a mixture each has a learner that is drawn for it. Raises InputError for a folder
+    without a checkpoint, or of a run that learned no control.
     """
     kept = load_checkpoint(Path(folder))
-    state = kept["trainer"].get("learner", kept["trainer"])
-    if "sizes" not in state:
-        raise InputError(f"{folder}: found a run of {kept['about']['method']['name']}; expected one from a log or from replay")
-    settings = dict(kept["about"]["method"])
-    networks = method_from({"method": settings.pop("name"), **settings}).networks(Sizes(**state["sizes"]))
-    actor, scaling = networks["actor"], Scaling(**state["scaling"])
-    actor.load_state_dict({name.removeprefix("actor."): one for name, one in state["nets"].items() if name.startswith("actor.")})
+    settings, state = dict(kept["about"]["method"]), kept["trainer"]
+    made = method_from({"method": settings.pop("name"), **settings})
+    family = family_of(type(made))
+    if family == "token":
+        raise InputError(f"{folder}: found a run of {type(made).__name__}; expected one that learned control")
+    if "running" in state:
+        sizes, scaling = Sizes(**state["sizes"]), Running(**state["running"]).scaling()
+        policy = _loaded((ChoicePolicy if state["choices"] else NormalPolicy)(sizes), state["nets"], "policy.")
+        return _acting(lambda obs: policy(obs).mode().clamp(-1, 1), scaling)
+    learner = state.get("learner", state)
+    inner = made.inner if family == "imitation" else made
+
+    def actor(weights: Mapping[str, Any], prefix: str = "") -> nn.Module:
+        return _loaded(inner.networks(Sizes(**learner["sizes"]))["actor"], weights, prefix)
+
+    if family == "imitation" and made.returns == "mixture" and state["actors"]:
+        return mixture_of([actor(one) for one in state["actors"]], state["weights"], episodes, np.random.default_rng(MIXED + seed))
+    return _acting(actor(learner["nets"], "actor."), Scaling(**learner["scaling"]))
+
+
+def _loaded(module: nn.Module, weights: Mapping[str, Any], prefix: str) -> nn.Module:
+    """With those of the weights whose names begin so."""
+    module.load_state_dict({name.removeprefix(prefix): one for name, one in weights.items() if name.startswith(prefix)})
+    return module
+
+
+def _acting(actor: Callable[[Tensor], Tensor], scaling: Scaling) -> Act:
+    """A module as a function of arrays."""
 
     @torch.no_grad()
     def act(obs: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ope.data import InputError
 from ope.primitives.weights import effective_sample_size
 from rl_core.buffers import Buffer
+from rl_core.checks import at_least
 from rl_core.families.imitation import SEED_ID, ImitationMethod
 from rl_core.families.offline import Transitions, WithExploration, joined
 from rl_core.families.online import WithChoices
@@ -52,15 +53,11 @@ class ImitationSchedule:
     judge_layers: int = 2
     capacity: int = 1_000_000
     """Rows of replay, beside those of seed steps, where the judge looks at replay; else it has room for all that is kept."""
-    eval_every: int = 10_000
-    eval_episodes: int = 20
     seed: int = 0
 
     def __post_init__(self) -> None:
-        names = ("steps", "seed_steps", "width", "layers", "judge_width", "judge_layers", "capacity", "eval_every", "eval_episodes")
-        for name, low in [("batch", 2), *((name, 1) for name in names)]:
-            if getattr(self, name) < low:
-                raise InputError(f"{name}: found {getattr(self, name)}; expected at least {low}")
+        at_least(self, 1, "steps", "seed_steps", "width", "layers", "judge_width", "judge_layers", "capacity")
+        at_least(self, 2, "batch")
 
 
 @dataclass(frozen=True)
@@ -192,7 +189,7 @@ class ImitationTrainer:
     def _batch(self) -> Transitions:
         """Rows of replay, as the plan draws them, with the present judge's rewards."""
         buffer = self.learner.buffer
-        if self.method.plan.replay == "weighted" and buffer.mass is None:
+        if self.method.plan.replay == "weighted":
             weights = self.method.weigh(self.weights, math.inf)  # this round's rows count as those of the next learner
             buffer.weigh(row_weights(_who(buffer.all()), [*self.ids, self.rounds + 1], weights))
         batch = buffer.take(buffer.draw(self.schedule.batch, self.rng))
@@ -233,7 +230,7 @@ class ImitationTrainer:
             self.judged()
         if rows is not None:
             buffer = self.learner.buffer
-            buffer.restore({"rows": self.mixed.rows[: len(self.mixed)], "next": len(self.mixed) % buffer.capacity, "mass": None})
+            buffer.restore({"rows": self.mixed.rows[: len(self.mixed)], "next": len(self.mixed) % buffer.capacity, "weight": None})
         self.rounds = who
         self.told = self._described() | {"edge": edge}
 
@@ -311,8 +308,8 @@ class ImitationTrainer:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a state of a trainer that was made alike."""
         state = copy.deepcopy(dict(state))
-        self.learner.restore(state["learner"])
         self.learner.buffer.restore(state["buffer"])
+        self.learner.restore(state["learner"])
         self.mixed = Buffer(len(state["mixed"]["rows"]), self.env.obs_size, self.env.action_size, self.device)
         self.mixed.restore(state["mixed"])
         self.judge.load_state_dict(state["judge"])

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,11 +20,14 @@ from torch import Generator, Tensor, nn
 
 from ope.data import InputError
 from rl_core.buffers import Buffer
+from rl_core.checks import above, at_least, within
 from rl_core.families.offline import Draw, Drawn, Learner, OfflineMethod, Stage, Transitions, WithPreparation, WithSelection
 from rl_core.loss import total
 from rl_core.models.mlp import Sizes
 from rl_core.scaling import Scaling
-from rl_core.trainers.checkpoints import Rows, append_metrics, identity, read_checkpoint, write_checkpoint
+
+LEAST_ERROR = 1e-6
+"""Added to errors, so that every row may be drawn again."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,18 @@ class OfflineSchedule:
     normalize: bool = True
     """Observations less their mean over the data, over their standard deviation."""
     reward_scale: float = 1.0
-    eval_every: int = 5000
-    eval_episodes: int = 10
+    priority: float = 0.0
+    """Rows are drawn in proportion to this power of their error when it was last looked at (Schaul et al. 2016: 0.6); 0: all alike.
+    """
+    correction: float = 0.4
+    """Power of a row's rarity that it counts for in the critics' errors: this at first, 1 at the end, where no bias is left."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "width", "layers", "eval_every", "eval_episodes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: found {getattr(self, name)}; expected at least 1")
+        at_least(self, 1, "steps", "batch", "width", "layers")
+        at_least(self, 0, "priority")
+        above(self, 0, "reward_scale")
+        within(self, 0, 1, "correction")
 
 
 class OfflineTrainer:
@@ -86,23 +92,52 @@ class OfflineTrainer:
 
     def add(self, data: Transitions) -> None:
         """Learn from these, too."""
+        self.buffer.add(self.scaled(data))
+
+    def scaled(self, data: Transitions) -> Transitions:
+        """As they are learned from: observations and rewards scaled."""
         obs, next_obs = self.scaling.apply(data.obs), self.scaling.apply(data.next_obs)
-        self.buffer.add(replace(data, obs=obs, next_obs=next_obs, reward=data.reward * self.schedule.reward_scale))
+        return replace(data, obs=obs, next_obs=next_obs, reward=data.reward * self.schedule.reward_scale)
 
     def advance(self, steps: int = 1) -> None:
         """So many steps, each on a batch of its own."""
         started = time.process_time()
         for _ in range(steps):
-            self.learn(self.buffer.take(self.buffer.draw(self.schedule.batch, self.rng)))
+            batch = self.batch()
+            errors = self.learn(batch)
+            if self.schedule.priority:
+                self.prioritise(batch, errors)
         self.cpu_seconds += time.process_time() - started
 
-    def learn(self, batch: Transitions) -> None:
-        """A step on a batch."""
+    def batch(self) -> Transitions:
+        """Rows of the buffer, as the schedule draws them."""
+        index = self.buffer.draw(self.schedule.batch, self.rng)
+        found = self.buffer.take(index)
+        if not self.schedule.priority:
+            return found
+        start, done = self.schedule.correction, min(self.step / self.schedule.steps, 1.0)
+        weight = self.buffer.rarity(index) ** (start + (1 - start) * done)
+        return replace(found, weight=weight / weight.max())
+
+    def learn(self, batch: Transitions) -> Tensor | None:
+        """A step on a batch. Errors (B,) of its rows, of a method with critics, where the batch has weights."""
         self.step += 1
+        errors: Tensor | None = None
         for stage in self.stages:
             if self.step % stage.stage.every == 0:
-                stage.run(self.learner, batch, self.draw, (self.step - 1) / self.schedule.steps)
+                found = stage.run(self.learner, batch, self.draw, (self.step - 1) / self.schedule.steps)
                 stage.follow(self.step)
+                errors = errors if found is None else found
+        return errors
+
+    def prioritise(self, batch: Transitions, errors: Tensor | None) -> None:
+        """Rows of a batch are drawn by these errors from now on. Raises InputError where the method has no critic."""
+        if errors is None:
+            raise InputError(f"priority: found {type(self.method).__name__}, which has no critic; expected 0")
+        if self.buffer.weight is None:
+            self.buffer.weigh(torch.ones(len(self.buffer)))
+        assert batch.row is not None, "drawn from the buffer"
+        self.buffer.reweigh(batch.row, (errors + LEAST_ERROR) ** self.schedule.priority)
 
     def metrics(self) -> dict[str, float]:
         """Means since they were last asked for; here alone a step waits for the device."""
@@ -121,7 +156,7 @@ class OfflineTrainer:
         return copy.deepcopy({
             "nets": self.nets.state_dict(), "lagged": self.lagged.state_dict(), "rng": self.rng.get_state(),
             "stages": [stage.state() for stage in self.stages], "step": self.step, "cpu_seconds": self.cpu_seconds,
-            "scaling": vars(self.scaling), "sizes": asdict(self.sizes),
+            "scaling": vars(self.scaling), "sizes": asdict(self.sizes), "weight": self.buffer.weights(),
         })  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -132,6 +167,8 @@ class OfflineTrainer:
         self.scaling = Scaling(**state["scaling"])
         for stage, kept in zip(self.stages, state["stages"], strict=True):
             stage.restore(kept)
+        if state["weight"] is not None:
+            self.buffer.weigh(state["weight"])
         self.step, self.cpu_seconds = state["step"], state["cpu_seconds"]
 
 
@@ -148,8 +185,8 @@ class _Running:
         self.lagging: list[Tensor] = [weight for name in stage.follows for weight in learner.lagged[name].parameters()]
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def run(self, learner: Learner, batch: Transitions, draw: Draw, done: float) -> None:
-        """`done`: share of the schedule before this step."""
+    def run(self, learner: Learner, batch: Transitions, draw: Draw, done: float) -> Tensor | None:
+        """A step of the stage; the rows' errors. `done`: share of the schedule before this step."""
         loss = self.stage.loss(learner, batch, draw)
         gradients = torch.autograd.grad(-total(loss), self.weights)
         for weight, gradient in zip(self.weights, gradients, strict=True):
@@ -161,6 +198,7 @@ class _Running:
         for name, term in loss.metrics.items():
             num, den = self.sums.get(name, (0.0, 0.0))
             self.sums[name] = num + term.num.detach(), den + term.den.detach()
+        return loss.errors
 
     @torch.no_grad()
     def follow(self, step: int) -> None:
@@ -227,32 +265,6 @@ def returns(act: Act, env: Environment, episodes: int, rng: np.random.Generator)
         earned += np.where(going, reward, 0.0)
         going &= ~(terminated | truncated)
     return earned
-
-
-def run(
-    trainer: OfflineTrainer,
-    evaluate: Callable[[Act], Mapping[str, float]],
-    folder: Path | None = None,
-    progress: Callable[[dict[str, float]], object] = lambda metrics: None,
-    about: Mapping[str, Any] | None = None,
-) -> Rows:
-    """A trainer's steps to the end of its schedule, from where its folder says it was; a row at every evaluation of its policy.
-
-    A run that was killed goes on at its last evaluation, to the bit. `about`: what else the run is of, such as its data.
-    """
-    schedule = trainer.schedule
-    who = identity(trainer.method, schedule, **(about or {}))
-    state, rows = read_checkpoint(folder, who, schedule.steps)
-    if state is not None:
-        trainer.restore(state)
-    while trainer.step < schedule.steps:
-        trainer.advance(min(schedule.eval_every - trainer.step % schedule.eval_every, schedule.steps - trainer.step))
-        rows.append(trainer.metrics() | dict(evaluate(trainer.act)))
-        append_metrics(folder, rows[-1])
-        progress(rows[-1])
-        if folder is not None:
-            write_checkpoint(folder, trainer.state(), rows, who, schedule.steps)
-    return rows
 
 
 def recorded(

@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from torch import Generator, Tensor, nn
 from ope.data import InputError
 from ope.primitives.divergences import k3
 from ope.primitives.weights import effective_sample_size, log_ratio
+from rl_core.buffers import Buffer, mixed
+from rl_core.checks import above, at_least, within
 from rl_core.families.offline import Drawn, OfflineMethod, Transitions, WithExploration, joined
 from rl_core.families.online import CreditedRows, OnlineMethod, Steps, WithChoices, WithUpdate
 from rl_core.loss import total
@@ -52,9 +54,8 @@ class OnlineSchedule:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "horizon", "count", "width", "layers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: found {getattr(self, name)}; expected at least 1")
+        at_least(self, 1, "steps", "horizon", "count", "width", "layers")
+        above(self, 0, "reward_scale")
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,12 @@ class OnlineTrainer:
         self, method: OnlineMethod, env: Environment, schedule: OnlineSchedule, *, device: str | torch.device = "cpu"
     ) -> None:
         self.method, self.env, self.schedule, self.device = method, env, schedule, torch.device(device)
-        sizes = Sizes(env.obs_size, env.action_size, schedule.width, schedule.layers)
+        self.sizes = Sizes(env.obs_size, env.action_size, schedule.width, schedule.layers)
+        self.choices = isinstance(env, WithChoices) and env.discrete
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(schedule.seed)
-            policy = ChoicePolicy(sizes) if isinstance(env, WithChoices) and env.discrete else NormalPolicy(sizes)
-            self.nets = nn.ModuleDict({"policy": policy, "value": StateValue(sizes)}).to(self.device)
+            policy = ChoicePolicy(self.sizes) if self.choices else NormalPolicy(self.sizes)
+            self.nets = nn.ModuleDict({"policy": policy, "value": StateValue(self.sizes)}).to(self.device)
         self.policy, self.value = self.nets["policy"], self.nets["value"]
         self.optimizer = torch.optim.Adam(self.nets.parameters(), lr=method.plan.rate, eps=1e-5)
         self.rng = Generator(self.device).manual_seed(schedule.seed + 1)
@@ -262,7 +264,8 @@ class OnlineTrainer:
         """All that the next step depends on, the environment included."""
         return copy.deepcopy({
             "nets": self.nets.state_dict(), "optimizer": self.optimizer.state_dict(), "rng": self.rng.get_state(),
-            "chance": self.chance.bit_generator.state, "env": env_state(self.env), "obs": torch.as_tensor(self.obs),
+            "sizes": asdict(self.sizes), "choices": self.choices, "chance": self.chance.bit_generator.state,
+            "env": env_state(self.env), "obs": torch.as_tensor(self.obs),
             "running": vars(self.running), "earned": torch.as_tensor(self.earned), "finished": self.finished,
             "step": self.step, "taken": self.taken, "cpu_seconds": self.cpu_seconds,
         })  # fmt: skip
@@ -295,13 +298,20 @@ class ReplaySchedule:
     ratio: float = 1.0
     """Steps of learning per transition."""
     capacity: int = 1_000_000
+    """Rows of replay; with `offline_share`, of those that were collected."""
+    offline_share: float = 0.0
+    """Of every batch, from the given data, which nothing displaces (Ball et al. 2023: 0.5); 0: given and collected are one."""
 
     def __post_init__(self) -> None:
-        for name in ("warmup", "count", "capacity"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: found {getattr(self, name)}; expected at least 1")
-        if self.ratio <= 0 or self.offline_steps < 0:
-            raise InputError(f"ratio, offline_steps: found {self.ratio}, {self.offline_steps}; expected above 0, and at least 0")
+        at_least(self, 1, "warmup", "count", "capacity")
+        at_least(self, 0, "offline_steps")
+        above(self, 0, "ratio")
+        within(self, 0, 1, "offline_share")
+        if self.offline_share == 1 or (self.offline_share and self.learning.priority):
+            raise InputError(
+                f"offline_share: found {self.offline_share} and a priority of {self.learning.priority}; expected below 1, and "
+                "one of the two: shares are of rows that are drawn all alike"
+            )
 
 
 class ReplayTrainer:
@@ -333,7 +343,12 @@ class ReplayTrainer:
         self.obs = env.reset(schedule.count, self.chance)
         self.started_from = len(data) if data is not None else 0
         start = self._warmed_up() if data is None else data
-        self.learner = OfflineTrainer(method, start, schedule.learning, capacity=max(schedule.capacity, len(start)), device=device)
+        if data is None and (schedule.offline_share or schedule.offline_steps):
+            raise InputError("offline_share, offline_steps: found no data; expected some to learn from, or 0")
+        apart = schedule.offline_share > 0
+        room = len(start) if apart else max(schedule.capacity, len(start))
+        self.learner = OfflineTrainer(method, start, schedule.learning, capacity=room, device=device)
+        self.fresh = Buffer(schedule.capacity, *start.sizes, self.learner.device) if apart else None
         self.taken, self.owed = 0 if data is not None else len(start), 0.0
         self.cpu_seconds = 0.0
 
@@ -362,12 +377,29 @@ class ReplayTrainer:
             if self.started_from and self.learner.step < self.schedule.offline_steps:
                 self.learner.advance()
                 continue
-            self.learner.add(self.collect())
+            self._keep(self.collect())
             self.taken += self.schedule.count
             self.owed += self.schedule.count * self.schedule.ratio
-            self.learner.advance(int(self.owed))
+            self._learn(int(self.owed))
             self.owed -= int(self.owed)
         self.cpu_seconds += time.process_time() - started
+
+    def _keep(self, found: Transitions) -> None:
+        """Among what was given, or apart from it."""
+        if self.fresh is None:
+            self.learner.add(found)
+        else:
+            self.fresh.add(self.learner.scaled(found))
+
+    def _learn(self, steps: int) -> None:
+        """From all that is held alike, or in fixed shares."""
+        learner, share = self.learner, self.schedule.offline_share
+        if self.fresh is None:
+            learner.advance(steps)
+            return
+        for _ in range(steps):
+            parts = ((learner.buffer, share), (self.fresh, 1 - share))
+            learner.learn(mixed(parts, self.schedule.learning.batch, learner.rng))
 
     @torch.no_grad()
     def collect(self) -> Transitions:
@@ -389,7 +421,8 @@ class ReplayTrainer:
     def state(self) -> dict[str, Any]:
         """All that the next step depends on, buffer and environment included."""
         return copy.deepcopy({
-            "learner": self.learner.state(), "buffer": self.learner.buffer.state(), "chance": self.chance.bit_generator.state,
+            "learner": self.learner.state(), "buffer": self.learner.buffer.state(),
+            "fresh": None if self.fresh is None else self.fresh.state(), "chance": self.chance.bit_generator.state,
             "env": env_state(self.env), "obs": torch.as_tensor(self.obs),
             "step": self.learner.step, "taken": self.taken, "owed": self.owed, "cpu_seconds": self.cpu_seconds,
         })  # fmt: skip
@@ -397,8 +430,10 @@ class ReplayTrainer:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a state of a trainer that was made alike."""
         state = copy.deepcopy(dict(state))
-        self.learner.restore(state["learner"])
         self.learner.buffer.restore(state["buffer"])
+        self.learner.restore(state["learner"])
+        if self.fresh is not None:
+            self.fresh.restore(state["fresh"])
         self.chance.bit_generator.state = state["chance"]
         self.env, self.obs = env_restored(self.env, state["env"], state["obs"], self.chance)
         self.taken, self.owed, self.cpu_seconds = state["taken"], state["owed"], state["cpu_seconds"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import shutil
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -17,8 +19,9 @@ from rl_core.envs.pendulum import EXPERT, RANDOM, SETS, Pendulum, dataset
 from rl_core.families.offline import OfflineMethod, Transitions, WithExploration
 from rl_core.methods.td3 import Twin
 from rl_core.trainers.checkpoints import Rows
-from rl_core.trainers.control import course_of
-from rl_core.trainers.offline import Act, Environment, OfflineSchedule, OfflineTrainer, returns, run
+from rl_core.trainers.control import Course, Judge, Policies, fresh, offline, replayed
+from rl_core.trainers.offline import Act, Environment, OfflineSchedule, returns
+from rl_core.trainers.online import OnlineSchedule, ReplaySchedule
 from rl_core.verify.arms import code_of, digest
 
 EPISODES, GYM_EPISODES = 100, 10
@@ -43,6 +46,7 @@ class OfflineArm:
     """In which policies are judged."""
     references: tuple[float, float] = (RANDOM, EXPERT)
     """Returns of score 0 and of score 100."""
+    evaluations: int = 1
 
     @property
     def name(self) -> str:
@@ -58,7 +62,7 @@ class OfflineArm:
         method = {"method": type(self.method).__name__} | to_table(self.method)
         code = code_of(__name__, type(self.method).__module__)
         data = self.data if self.data in SETS else content_of(self.data)
-        rest = {"env": self.env, "references": self.references}
+        rest = {"env": self.env, "references": self.references, "evaluations": self.evaluations}
         return digest({"method": method, "data": data, "schedule": asdict(self.schedule), "code": code, **rest})
 
     def begin(self, folder: Path) -> None:
@@ -66,9 +70,10 @@ class OfflineArm:
 
     def run(self, folder: Path) -> Rows:
         """A row at every evaluation, the last at the end: mean return and its score."""
-        trainer = OfflineTrainer(self.method, transitions(self.data, self.schedule.seed), self.schedule)
-        judge = partial(evaluated, seed=self.schedule.seed, env=self.env, references=self.references)
-        return run(trainer, judge)
+        data = transitions(self.data, self.schedule.seed)
+        made = offline(self.method, data, self.schedule, evaluations=self.evaluations, told={})
+        judge = partial(judged, seed=self.schedule.seed, env=self.env, references=self.references)
+        return resumed(made, judge, folder / f"run-{self.key()}")
 
 
 @dataclass(frozen=True)
@@ -105,17 +110,25 @@ class OnlineArm:
 
     def run(self, folder: Path) -> Rows:
         """A row at every evaluation."""
-        shared = {"width": self.width, "reward_scale": self.reward_scale, "seed": self.seed}
-        if isinstance(self.method, WithExploration):
+        shared: dict[str, Any] = {"width": self.width, "reward_scale": self.reward_scale, "seed": self.seed}
+        collects = isinstance(self.method, WithExploration)
+        if collects:
             warmup = min(1000, self.steps // 2)
-            schedule, collection = {"steps": self.steps - warmup, "batch": self.batch, **shared}, {"warmup": warmup}
+            learning = OfflineSchedule(steps=self.steps - warmup, batch=self.batch, normalize=False, **shared)
+            schedule = ReplaySchedule(learning, warmup=warmup)
+            made = replayed(self.method, environment(self.env), schedule, evaluations=self.evaluations, told={})
         else:
-            schedule, collection = {"steps": self.steps, "count": COUNT, "horizon": FRESH // COUNT, "normalize": True, **shared}, {}
-        made = course_of(
-            self.method, schedule, collection, data=None, env=environment(self.env), evaluations=self.evaluations, told={}
-        )
-        rows = made.run(partial(evaluated, seed=self.seed, env=self.env, references=self.references))
-        return [{**row, "step": row["taken"]} for row in rows]
+            batches = OnlineSchedule(steps=self.steps, count=COUNT, horizon=FRESH // COUNT, normalize=True, **shared)
+            made = fresh(self.method, environment(self.env), batches, evaluations=self.evaluations, told={})
+        judge = partial(judged, seed=self.seed, env=self.env, references=self.references)
+        return [{**row, "step": row["taken"]} for row in resumed(made, judge, folder / f"run-{self.key()}")]
+
+
+def resumed(made: Course, judge: Judge, folder: Path) -> Rows:
+    """Rows of a whole run, which goes on where it was killed; what that needs is gone with its end."""
+    rows = made.run(judge, folder)
+    shutil.rmtree(folder)
+    return rows
 
 
 def transitions(data: str, seed: int) -> Transitions:
@@ -129,13 +142,31 @@ def environment(name: str) -> Environment:
 
 
 def evaluated(
-    act: Act, *, seed: int = 0, env: str = PENDULUM, references: tuple[float, float] = (RANDOM, EXPERT)
+    act: Act,
+    *,
+    seed: int = 0,
+    env: str = PENDULUM,
+    references: tuple[float, float] = (RANDOM, EXPERT),
+    episodes: int | None = None,
 ) -> dict[str, float]:
-    """Mean return of a policy, and its score, over episodes that no data set has."""
-    episodes = EPISODES if env == PENDULUM else GYM_EPISODES
-    mean = float(returns(act, environment(env), episodes, np.random.default_rng(10_000 + seed)).mean())
-    low, high = references
-    return {"return": mean, "score": 100 * (mean - low) / (high - low)}
+    """Mean return of a policy, its standard error, and its score, over episodes that no data set has."""
+    count = episodes or episodes_of(env)
+    found = returns(act, environment(env), count, np.random.default_rng(10_000 + seed))
+    mean, low, high = float(found.mean()), *references
+    error = float(found.std(ddof=1)) / count**0.5 if count > 1 else math.nan
+    return {"return": mean, "stderr": error, "score": 100 * (mean - low) / (high - low)}
+
+
+def judged(
+    policies: Policies, *, seed: int = 0, env: str = PENDULUM, references: tuple[float, float] = (RANDOM, EXPERT)
+) -> dict[str, float]:
+    """The same of what a run has learned so far."""
+    return evaluated(policies(episodes_of(env)), seed=seed, env=env, references=references)
+
+
+def episodes_of(env: str) -> int:
+    """How many an evaluation has."""
+    return EPISODES if env == PENDULUM else GYM_EPISODES
 
 
 @cache
@@ -160,5 +191,5 @@ def on_pendulum(method: Any) -> Any:
 TWIN = Twin(discount=0.98, actor_rate=1e-3, critic_rate=1e-3)
 """TD3's settings on the pendulum."""
 
-SMALL = OfflineSchedule(steps=6000, batch=128, width=64, reward_scale=0.1, eval_every=6000)
+SMALL = OfflineSchedule(steps=6000, batch=128, width=64, reward_scale=0.1)
 """Schedule of the pages' suite: two hidden layers of 64, 6,000 steps on batches of 128."""

@@ -5,10 +5,8 @@ A killed run goes on at its last evaluation: an arm keeps its checkpoint beside 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,19 @@ import torch
 
 from ope.data import InputError
 from rl_core.config import to_table
-from rl_core.envs.pendulum import Pendulum, expert, score
-from rl_core.families.imitation import ImitationMethod, Plan
+from rl_core.envs.pendulum import Pendulum, expert
+from rl_core.families.imitation import ImitationMethod
 from rl_core.families.offline import OfflineMethod, Transitions
 from rl_core.methods.ailboost import AILBoost
 from rl_core.methods.bc import BC
 from rl_core.methods.dac import DAC
 from rl_core.methods.sac import SAC
 from rl_core.trainers.checkpoints import Rows
-from rl_core.trainers.imitation import ImitationSchedule, ImitationTrainer
-from rl_core.trainers.offline import Act, OfflineSchedule, OfflineTrainer, recorded, returns, run
+from rl_core.trainers.control import Course, Policies, imitation, offline
+from rl_core.trainers.imitation import ImitationSchedule
+from rl_core.trainers.offline import OfflineSchedule, recorded
 from rl_core.verify.arms import Arms, code_of, digest
+from rl_core.verify.control import EPISODES, evaluated, resumed
 from rl_core.verify.margins import Margin, at_least, mean
 
 
@@ -56,6 +56,7 @@ class ImitationArm:
     trajectories: int = 4
     every: int = 10
     """Rows of a trajectory of which one is kept."""
+    evaluations: int = 6
 
     @property
     def name(self) -> str:
@@ -69,7 +70,12 @@ class ImitationArm:
     def key(self) -> str:
         """Digest of all that tells it from others, and of the code."""
         method = {"method": type(self.method).__name__} | to_table(self.method)
-        rest = {"trajectories": self.trajectories, "every": self.every, "code": code_of(__name__, type(self.method).__module__)}
+        rest = {
+            "trajectories": self.trajectories,
+            "every": self.every,
+            "evaluations": self.evaluations,
+            "code": code_of(__name__, type(self.method).__module__),
+        }
         return digest({"method": method, "schedule": asdict(self.schedule), **rest})
 
     def begin(self, folder: Path) -> None:
@@ -77,33 +83,21 @@ class ImitationArm:
 
     def run(self, folder: Path) -> Rows:
         """A row at every evaluation, the last at the end: `score` of what the method returns, `last` of its last policy."""
-        data, kept = demonstrations(self.trajectories, self.every, self.schedule.seed), folder / f"run-{self.key()}"
-        trainer = _trainer(self.method, data, self.schedule)
-        rows = run(trainer, partial(evaluated, trainer), kept)
-        shutil.rmtree(kept)
-        return rows
+        made = self.made()
 
+        def judge(policies: Policies) -> dict[str, float]:
+            found, last = (evaluated(one, seed=self.schedule.seed) for one in (policies(EPISODES), made.trainer.act))
+            return {**found, "last": last["score"]}
 
-def _trainer(method: ImitationMethod | OfflineMethod, data: Transitions, schedule: ImitationSchedule) -> Any:
-    """Against a judge in the environment, or on the rows alone."""
-    if isinstance(method, ImitationMethod):
-        return ImitationTrainer(method, Pendulum(), data, schedule)
-    settings = {name: getattr(schedule, name) for name in ("batch", "width", "layers", "eval_episodes", "seed")}
-    learning = OfflineSchedule(steps=CLONING, eval_every=CLONING, **settings)
-    return OfflineTrainer(method, data, learning)
+        return resumed(made, judge, folder / f"run-{self.key()}")
 
-
-def evaluated(trainer: Any, act: Act) -> dict[str, float]:
-    """Mean scores over episodes that no learner saw, 100 being the expert's: of what is returned, and of the last policy."""
-    seed, episodes = trainer.schedule.seed, trainer.schedule.eval_episodes
-
-    def scored(one: Act) -> float:
-        return score(float(returns(one, Pendulum(), episodes, np.random.default_rng(10_000 + seed)).mean()))
-
-    last = scored(act)
-    if not isinstance(trainer, ImitationTrainer) or not trainer.actors:
-        return {"score": last, "last": last}
-    return {"score": scored(trainer.returned(episodes, np.random.default_rng(30_000 + seed))), "last": last}
+    def made(self) -> Course:
+        """Against a judge in the environment, or on the rows alone."""
+        data, schedule = demonstrations(self.trajectories, self.every, self.schedule.seed), self.schedule
+        if isinstance(self.method, ImitationMethod):
+            return imitation(self.method, Pendulum(), data, schedule, evaluations=self.evaluations, told={})
+        settings = {name: getattr(schedule, name) for name in ("batch", "width", "layers", "seed")}
+        return offline(self.method, data, OfflineSchedule(steps=CLONING, **settings), told={})
 
 
 CLONING = 6000
@@ -112,15 +106,22 @@ CLONING = 6000
 FAST = SAC(discount=0.98, actor_rate=1e-3, critic_rate=1e-3, temperature_rate=1e-3)
 """SAC's settings on the pendulum."""
 
-ROUND = Plan(steps=250, judge_steps=100, samples=200, rolls=1, learners=60)
-"""Rounds short enough for 120 of them in 30,000 steps: of 30 the first, whose judge knew nothing, would still have weight 0.23."""
+ROUND = {"steps": 250, "samples": 200, "rolls": 1}
+"""Of a plan: rounds short enough for 120 in 30,000 steps. Of 30 the first, whose judge knew nothing, would still have weight 0.23.
+"""
 
-SMALL = ImitationSchedule(steps=30_000, seed_steps=1000, batch=128, width=64, eval_every=5000, eval_episodes=100)
+SMALL = ImitationSchedule(steps=30_000, seed_steps=1000, batch=128, width=64)
 """Schedule of the page: two hidden layers of 64, 30,000 steps on batches of 128."""
 
+
+def on_pendulum(method: Any) -> Any:
+    """A method of the family with the settings that all have there."""
+    return replace(method, sac=FAST, judge_rate=1e-3, plan=replace(method.plan, **ROUND))
+
+
 METHODS: Mapping[str, ImitationMethod | OfflineMethod] = {
-    "AILBoost": AILBoost(sac=FAST, judge_rate=1e-3, plan=ROUND),
-    "DAC": DAC(sac=FAST, judge_rate=1e-3, plan=replace(DAC().plan, steps=250)),
+    "AILBoost": on_pendulum(AILBoost()),
+    "DAC": on_pendulum(DAC()),
     "BC": BC(rate=1e-3),
 }
 

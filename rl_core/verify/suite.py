@@ -35,7 +35,7 @@ class Entry:
     schedule: OfflineSchedule = SMALL
 
 
-SHORT = replace(SMALL, steps=3000, eval_every=3000)
+SHORT = replace(SMALL, steps=3000)
 
 TABLE: Mapping[str, Entry] = {
     "BC": Entry(

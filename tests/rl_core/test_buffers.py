@@ -63,8 +63,11 @@ def test_rows_are_drawn_alike_or_by_weight() -> None:
     for found, chance in ((plain, torch.full((4,), 0.25)), (weighed, weight / 8)):
         assert ((found - chance).abs() <= 4 * (chance * (1 - chance) / draws).sqrt()).all()
     assert weighed[0] == 0
-    made.add(rows(1))  # new rows have no weight
-    assert made.mass is None
+    made.add(rows(1))  # in the place of the oldest, and to be drawn as often as any
+    assert made.weights() is not None
+    assert made.weights().tolist() == [4.0, 1.0, 3.0, 4.0]
+    made.reweigh(torch.tensor([1, 2]), torch.tensor([0.0, 0.0]))
+    assert set(made.draw(1000, Generator().manual_seed(2)).tolist()) == {0, 3}
 
 
 def test_a_batch_has_fixed_shares_of_several_buffers() -> None:

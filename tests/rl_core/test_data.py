@@ -20,9 +20,10 @@ from torch.testing import assert_close
 from ope.data import DataError, InputError
 from rl_core.data import read, remarks, write_parquet
 from rl_core.envs.pendulum import Pendulum, dataset, score
+from rl_core.exploration import log_density
 from rl_core.families.offline import Transitions
 from rl_core.methods.bc import numbered
-from rl_core.recipes import PENDULUM, Collecting, cheetah, log_density, make, uniform_rows
+from rl_core.recipes import PENDULUM, cheetah, make, uniform_rows
 from rl_core.trainers.online import UNIFORM
 
 torch.set_num_threads(1)
@@ -348,7 +349,6 @@ def test_densities_of_noise() -> None:
 
 
 def test_what_no_recipe_makes_is_refused() -> None:
-    assert Collecting.paper.spec == "offline_common"
     for env, quality, said in (
         ("hopper", "medium", "environment: found 'hopper'; expected pendulum or halfcheetah"),
         (

@@ -45,8 +45,8 @@ DEFAULTS: dict[str, dict[str, Origin]] = {
         "stochastic": Origin(False, None, False), "top": Origin("none"), "episode_discount": Origin(0.99, None, 0.99),
         "rate": Origin(3e-4, None, 3e-4),
     },
-    "TD3": {"twin": TWIN},
-    "TD3BC": {"alpha": Origin(2.5, 2.5, 2.5), "twin": TWIN},
+    "TD3": {"twin": TWIN, "exploration": Origin(0.1, 0.1, 0.1)},
+    "TD3BC": {"alpha": Origin(2.5, 2.5, 2.5), "twin": TWIN, "exploration": Origin(0.1, 0.1, 0.1)},
     "IQL": {
         "expectile": Origin(0.7, 0.7, 0.7), "temperature": Origin(1 / 3), "cap": Origin(100.0, 100.0, 100.0),
         "discount": Origin(0.99, 0.99, 0.99), "tau": Origin(0.005, 0.005, 0.005), "actor_rate": Origin(3e-4, 3e-4, 3e-4),

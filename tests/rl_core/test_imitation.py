@@ -24,7 +24,6 @@ from rl_core.methods.ailboost import AILBoost
 from rl_core.methods.bc import BC
 from rl_core.methods.dac import DAC
 from rl_core.methods.sac import SAC
-from rl_core.methods.td3 import TD3
 from rl_core.mixture import appended, boosted
 from rl_core.trainers.imitation import ImitationSchedule, ImitationTrainer
 from rl_core.verify import boosting
@@ -284,8 +283,8 @@ def test_seeds_are_runs_of_their_own() -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     data = demonstrations(1, 10, 0)
-    with pytest.raises(InputError, match="TD3, which has no explore"):
-        ImitationTrainer(replace(AILBoost(), sac=TD3()), Pendulum(), data, SMALL)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="BC, which has no explore"):
+        ImitationTrainer(replace(AILBoost(), sac=BC()), Pendulum(), data, SMALL)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="environment of choices"):
         ImitationTrainer(AILBoost(), Probe("action", discrete=True), data, SMALL)
     with pytest.raises(InputError, match="expert: found 0 rows"):
@@ -304,7 +303,7 @@ def test_what_cannot_be_is_refused() -> None:
         Plan(rolls=3)
     with pytest.raises(InputError, match="weighted"):
         Plan(against="replay", replay="weighted")
-    for name in ("seed_steps", "batch", "judge_width", "capacity", "eval_episodes"):
+    for name in ("seed_steps", "batch", "judge_width", "capacity"):
         with pytest.raises(InputError, match=name):
             ImitationSchedule(**{name: 0})
     with pytest.raises(InputError, match="batch: found 1"):
@@ -398,12 +397,12 @@ def test_demonstrations_are_thinned_by_episode() -> None:
 
 
 def test_arms_are_kept_by_what_they_depend_on_and_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    schedule = replace(SMALL, steps=60, eval_every=20, eval_episodes=3)
-    arm = ImitationArm(AILBoost(plan=PLAN), schedule)
+    schedule = replace(SMALL, steps=60)
+    arm = ImitationArm(AILBoost(plan=PLAN), schedule, evaluations=3)
     checked: Arm = arm
     others = [replace(arm, trajectories=3), replace(arm, every=5), replace(arm, method=AILBoost(alpha=0.1, plan=PLAN)),
-              replace(arm, schedule=replace(schedule, seed=1))]  # fmt: skip
-    assert len({checked.key(), *(one.key() for one in others)}) == 5
+              replace(arm, schedule=replace(schedule, seed=1)), replace(arm, evaluations=2)]  # fmt: skip
+    assert len({checked.key(), *(one.key() for one in others)}) == 6
     whole = arm.run(tmp_path / "whole")
     assert [row["step"] for row in whole] == [20, 40, 60]
     assert {"score", "last", "expert_d", "policy_d"} <= set(whole[-1])

@@ -320,10 +320,10 @@ def test_every_default_has_an_origin(kind: Any) -> None:
         (BC, {"top": 0.0}, "top: found 0.0"),
         (BC, {"top": 10}, "top: found 10.0; expected a share"),
         (IQL, {"expectile": 1.0}, "expectile: found 1.0"),
-        (IQL, {"temperature": 0}, "temperature, cap: found 0.0"),
-        (AWAC, {"temperature": -1}, "temperature, cap: found -1.0"),
+        (IQL, {"temperature": 0}, "temperature: found 0.0"),
+        (AWAC, {"temperature": -1}, "temperature: found -1.0"),
         (AWAC, {"weights": "sum"}, r"AWAC.weights: found 'sum'; expected 'capped' or 'softmax'"),
-        (CQL, {"samples": 0}, "samples, softness, temperature_start: found 0"),
+        (CQL, {"samples": 0}, "samples: found 0"),
     ],
 )
 def test_what_makes_no_sense_is_refused(kind: Any, table: dict[str, Any], told: str) -> None:

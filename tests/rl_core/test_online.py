@@ -23,9 +23,9 @@ from rl_core.envs.gym import GymEnv
 from rl_core.envs.pendulum import Pendulum, dataset
 from rl_core.envs.probes import KINDS, Endless, Kind, Probe
 from rl_core.families.online import OnlineMethod, Plan
+from rl_core.methods.bc import BC
 from rl_core.methods.ppo_control import ControlPPO
 from rl_core.methods.sac import SAC
-from rl_core.methods.td3 import TD3
 from rl_core.methods.trpo import NPG, TRPO
 from rl_core.models.mlp import Sizes
 from rl_core.models.policies import NormalPolicy
@@ -195,8 +195,8 @@ def test_a_log_comes_first_where_there_is_one() -> None:
 
 
 def test_what_cannot_collect_is_refused() -> None:
-    with pytest.raises(InputError, match="TD3, which has no explore"):
-        replay_trainer(TD3())
+    with pytest.raises(InputError, match="BC, which has no explore"):
+        replay_trainer(BC())
     with pytest.raises(InputError, match="environment of choices"):
         ReplayTrainer(SAC(), Probe("action", discrete=True), ReplaySchedule(warmup=1))
     with pytest.raises(InputError, match="normalize = true and no data"):

@@ -1,0 +1,140 @@
+"""`propel rl eval` and `propel rl promote`: what a run learned, and whether it may take the place of another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ope.data import InputError
+from propel import app
+from rl_core.envs.pendulum import Mixed, Pendulum, dataset, expert
+from rl_core.fqe import FQE
+from rl_core.promotion import compared, starts, unsupported
+from rl_core.trainers.control import load_policy
+from rl_core.trainers.offline import returns
+
+torch.set_num_threads(1)
+
+RUNNER = CliRunner()
+SETTINGS = """
+[method]
+twin = {kind = "Twin", discount = 0.98, actor_rate = 1e-3, critic_rate = 1e-3}
+[schedule]
+width = 64
+batch = 64
+reward_scale = 0.1
+"""
+FITS = ["--discount", "0.9", "--steps", "800", "--fits", "3", "--width", "32"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs on the same data: one that was stopped at once, and one that has learned."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "settings.toml").write_text(SETTINGS)
+    for name, steps in (("short", 10), ("long", 1200)):
+        words = ["rl", "train", "td3bc", "--data", "pend-eps60", "--settings", str(folder / "settings.toml"), "--steps", str(steps)]
+        result = RUNNER.invoke(app, [*words, "--evaluations", "1", "--out", str(folder / name)])
+        assert result.exit_code == 0, (result.stderr, result.exception)
+    return folder
+
+
+def promote(*words: str) -> tuple[int, dict[str, Any]]:
+    result = RUNNER.invoke(app, ["rl", "promote", *words, *FITS, "--json"])
+    assert result.exit_code in (0, 1), (result.stderr, result.exception)
+    return result.exit_code, json.loads(result.stdout)
+
+
+def test_the_better_policy_takes_the_place_of_the_other(runs: Path, tmp_path: Path) -> None:
+    serving = tmp_path / "serving"
+    words = (str(runs / "long"), "--over", str(runs / "short"), "--data", "pend-eps60", "--seed", "1")
+    code, told = promote(*words, "--to", str(serving))
+    assert (code, told["promotes"], told["reasons"]) == (0, True, [])
+    assert told["low"] > 0
+    assert told["starts"] == 100
+    obs = np.random.default_rng(0).normal(size=(7, 3))
+    np.testing.assert_array_equal(load_policy(serving)(obs), load_policy(runs / "long")(obs))
+    (line,) = (serving / "promotions.jsonl").read_text().splitlines()
+    assert json.loads(line)["low"] == told["low"]
+    code, told = promote(str(runs / "short"), "--over", str(serving), "--data", "pend-eps60", "--seed", "1", "--to", str(serving))
+    assert (code, told["promotes"]) == (1, False)
+    assert told["difference"] < 0
+    np.testing.assert_array_equal(load_policy(serving)(obs), load_policy(runs / "long")(obs))  # as it was
+    assert len((serving / "promotions.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_evaluation_of_a_run_is_that_of_its_policy(runs: Path) -> None:
+    result = RUNNER.invoke(app, ["rl", "eval", str(runs / "long"), "--episodes", "20", "--seed", "3", "--json"])
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    told = json.loads(result.stdout)
+    found = returns(load_policy(runs / "long"), Pendulum(), 20, np.random.default_rng(10_003))
+    assert told["return"] == pytest.approx(found.mean())
+    assert told["stderr"] == pytest.approx(found.std(ddof=1) / 20**0.5)
+    assert told["episodes"] == 20
+    shown = RUNNER.invoke(app, ["rl", "eval", str(runs / "long"), "--episodes", "20", "--seed", "3"]).stdout
+    assert shown.startswith(f"return {found.mean():.1f} +- ")
+
+
+def test_values_are_in_units_of_rewards() -> None:
+    """The expert above one that is random at three steps of five, by rewards as they are: truth from 400 long runs of both."""
+    rng = np.random.default_rng(5)
+    held_out = dataset("pend-eps60", seed=4)
+    noisy = Mixed(0.6)
+
+    def one(obs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return expert(obs, rng)
+
+    def other(obs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return noisy(obs, rng)
+
+    verdict = compared(one, other, held_out, FQE(discount=0.9, steps=600, width=32, tau=0.1), fits=3)
+    true = discounted(one) - discounted(other)
+    assert verdict.paired.difference == pytest.approx(true, abs=3 * verdict.paired.stderr + 1.0)
+
+
+def discounted(act: Any) -> float:
+    """Mean discounted return (0.9) from the episodes' starts."""
+    env, rng = Pendulum(), np.random.default_rng(9)
+    obs, total, factor = env.reset(400, rng), np.zeros(400), 1.0
+    for _ in range(100):
+        obs, reward, _, _ = env.step(act(obs))
+        total, factor = total + factor * reward, factor * 0.9
+    return float(total.mean())
+
+
+def test_where_the_data_say_nothing() -> None:
+    narrow = dataset("pend-exp10", seed=0)
+    assert unsupported(lambda obs: np.ones((len(obs), 1)), narrow)[1]
+    share, alarm = unsupported(lambda obs: expert(obs, np.random.default_rng(0)), narrow)
+    assert (share, alarm) == (0.0, False)  # it is what was logged
+    assert len(starts(narrow)) == 10
+    with pytest.raises(InputError, match="found one episode"):
+        starts(narrow.rows(slice(0, 200)))
+
+
+@pytest.mark.parametrize("method", ["ailboost", "ControlPPO", "sac"])
+def test_what_any_family_learned_is_loaded_and_judged(method: str, tmp_path: Path) -> None:
+    steps = {"ControlPPO": 2048, "ailboost": 60, "sac": 20}[method]
+    plan = '[method]\nplan = {kind = "Plan", steps = 20, samples = 20, rolls = 1}\n' if method == "ailboost" else ""
+    collection = "[collection]\nwarmup = 100\n" if method == "sac" else ""
+    schedule = "width = 8\n" + ("batch = 8\nseed_steps = 50\n" if method == "ailboost" else "")
+    (tmp_path / "settings.toml").write_text(f"{plan}[schedule]\n{schedule}{collection}")
+    words = ["rl", "train", method, "--settings", str(tmp_path / "settings.toml"), "--steps", str(steps), "--evaluations", "1"]
+    words += ["--data", "pend-exp10"] if method == "ailboost" else []
+    trained = RUNNER.invoke(app, [*words, "--out", str(tmp_path / "out"), "--json"])
+    assert trained.exit_code == 0, (trained.stderr, trained.exception)
+    result = RUNNER.invoke(app, ["rl", "eval", str(tmp_path / "out"), "--json"])
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    assert json.loads(result.stdout)["return"] == pytest.approx(json.loads(trained.stdout)[-1]["return"], rel=1e-6)
+    if method == "ailboost":
+        refused = RUNNER.invoke(
+            app, ["rl", "promote", str(tmp_path / "out"), "--over", str(tmp_path / "out"), "--data", "pend-rand"]
+        )
+        assert refused.exit_code == 2
+        assert "found a mixture" in refused.stderr
