@@ -26,7 +26,7 @@ faults: .venv/.dev
 	PROPEL_KILLS=60 $(BIN)/python -m pytest tests/faults tests/nightly/test_ingest.py tests/bandits/test_sampling.py
 
 # what only many runs can show: an hour. Runs that are done are kept in .verify, and not made again
-VERIFIED = reinforce grpo rec opmd asymre bapo mdpo sac ailboost bc td3 td3bc iql awac cql prdc
+VERIFIED = reinforce grpo rec opmd asymre bapo mdpo offpolicymdpo trpo sac dac ailboost bc td3 td3bc iql awac cql prdc
 verify: .venv/.dev
 	$(BIN)/python -m tests.verify.closed_loop --runs 200
 	$(BIN)/python -m benchmarks.loop --decisions 1000000 --folder .verify/loop
@@ -35,7 +35,7 @@ verify: .venv/.dev
 # scores on a data set of our own making: an hour and more. Needs MuJoCo; runs that are done are kept
 verify-cheetah: .venv/.dev
 	$(PIP) '.[mujoco]'
-	$(BIN)/propel rl verify controlppo
+	for method in controlppo mdpo; do $(BIN)/propel rl verify $$method || exit 1; done
 	test -f $(CHEETAH) || $(BIN)/propel rl data make halfcheetah --quality medium-replay --seed 1 --to $(CHEETAH)
 	$(BIN)/propel rl compare --methods BC,TD3BC,IQL,PRDC --task $(CHEETAH) --env HalfCheetah-v5 --references=-286,5159 \
 		--steps 50000 --width 128 --batch 128 --seeds 3 --to .verify/cheetah

@@ -84,6 +84,7 @@ def train(
     evaluations: Annotated[int, typer.Option("--evaluations", min=1, help="Of control: how often the policy is judged.")] = 10,
     steps: Annotated[int | None, typer.Option("--steps", help="Steps; else the settings' own.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the start, and of all that is drawn.")] = None,
+    device: Annotated[str, typer.Option("--device", help="Of control: cpu, or cuda.")] = "cpu",
     json_: AsJson = False,
 ) -> None:
     """Train by a method: the small language model on a task, or a policy of control on data or in an environment."""
@@ -91,6 +92,7 @@ def train(
     from rich.progress import Progress
 
     with bad_input("rl"):
+        from ope.data import InputError
         from rl_core.registry import family_of, named
 
         console = Console(stderr=True)
@@ -101,10 +103,12 @@ def train(
                 bar.update(shown, completed=done, total=total, description=told)
 
             if family_of(type(named(method))) == "token":
+                if device != "cpu" or data is not None:
+                    raise InputError("--device, --data: found one of them; expected neither: they are of control")
                 rows = _train_tokens(method, out, settings, task, steps, seed, tell)
                 names = ("step", "rollouts", "cpu_seconds", "pass_at_1", "entropy", "ess")
             else:
-                rows = _train_control(method, out, settings, data, env, evaluations, steps, seed, tell)
+                rows = _train_control(method, out, settings, data, env, evaluations, steps, seed, device, tell)
                 names = ("step", "cpu_seconds", "return", *(("score",) if env == "pendulum" else ()))
         if json_:
             typer.echo(json.dumps(rows, indent=2))
@@ -135,7 +139,7 @@ def _train_tokens(
 
 def _train_control(
     method: str, out: Path, settings: Path | None, data: str | None, env: str, evaluations: int, steps: int | None,
-    seed: int | None, tell: Tell,
+    seed: int | None, device: str, tell: Tell,
 ) -> list[dict[str, float]]:  # fmt: skip
     """A row at every evaluation: the mean return of the policy, and on the pendulum its score."""
     from functools import partial
@@ -146,7 +150,17 @@ def _train_control(
 
     logged = None if data is None else transitions(data, seed or 0)
     told = {"data": "none" if data is None else data if data in SETS else content_of(data), "env": env}
-    made = course(method, settings, data=logged, env=environment(env), steps=steps, seed=seed, evaluations=evaluations, told=told)
+    made = course(
+        method,
+        settings,
+        data=logged,
+        env=environment(env),
+        steps=steps,
+        seed=seed,
+        evaluations=evaluations,
+        told=told,
+        device=device,
+    )
     judge = partial(judged, seed=seed or 0, env=env)
     tell(0, made.total, "return ?")
     rows = made.run(judge, out, lambda row: tell(row["step"], made.total, f"return {row['return']:.1f}"))
@@ -213,11 +227,11 @@ def verify(
     from rich.console import Console
 
     with bad_input("rl"):
-        from rl_core.registry import find
+        from rl_core.registry import named
         from rl_core.verify.arms import Arms
         from rl_core.verify.experiments import experiment
 
-        name = find(method).__name__
+        name = type(named(method)).__name__
         asked = experiment(name)
         count = asked.seeds if seeds is None or asked.seeds == 1 else seeds  # one: exact, there is nothing to draw
         terminal = Console(stderr=True)
@@ -230,7 +244,7 @@ def verify(
     else:
         typer.echo(f"{name}: {asked.told}; {count} seed{'' if count == 1 else 's'}")
         if count < asked.seeds:
-            typer.echo(f"fewer than the page's {asked.seeds}: margins on means are wider by {(asked.seeds / count) ** 0.5:.2f}")
+            typer.echo(f"fewer than the page's {asked.seeds}: where a margin is on their mean, it is wider")
         _table(("margin", "required", "measured", ""), [
             {"margin": one.name, "required": one.required, "measured": one.measured, "": "pass" if one.passed else "FAIL"}
             for one in margins

@@ -42,7 +42,7 @@ class GymEnv:
         else:
             raise InputError(f"{name}: found actions {action}; expected Discrete, or a bounded Box of one dimension")
         self.obs = np.zeros((count, self.obs_size))
-        self.over = np.zeros(count, dtype=np.bool_)
+        self.over = np.zeros((2, count), dtype=np.bool_)
 
     def _made(self) -> Any:
         import gymnasium
@@ -55,7 +55,7 @@ class GymEnv:
     def reset(self, count: int, rng: Generator) -> Floats:
         """So many fresh episodes, each with a seed of its own. Returns observations."""
         self.envs = [*self.envs[:count], *(self._made() for _ in range(count - len(self.envs)))]
-        self.obs, self.over = np.zeros((count, self.obs_size)), np.zeros(count, dtype=np.bool_)
+        self.obs, self.over = np.zeros((count, self.obs_size)), np.zeros((2, count), dtype=np.bool_)
         return self.restart(np.ones(count, dtype=np.bool_), rng)
 
     def restart(self, which: Flags, rng: Generator) -> Floats:
@@ -68,14 +68,13 @@ class GymEnv:
     def step(self, action: Floats) -> tuple[Floats, Floats, Flags, Flags]:
         """Actions (n, A) -> what follows (n, S), rewards (n,), terminated (n,), truncated (n,).
 
-        An episode that is over stays where it is and earns nothing until it is restarted.
+        An episode that is over stays where it is, ended or cut as it was, and earns nothing until it is restarted.
         """
-        reward, terminated = np.zeros(len(action)), self.over.copy()
-        truncated = np.zeros(len(action), dtype=np.bool_)
-        for place in np.flatnonzero(~self.over):
+        reward, (terminated, truncated) = np.zeros(len(action)), self.over.copy()
+        for place in np.flatnonzero(~self.over.any(axis=0)):
             found = self.envs[place].step(self._native(action[place]))
             self.obs[place], reward[place], terminated[place], truncated[place], _ = found
-        self.over = self.over | terminated | truncated
+        self.over = np.stack((terminated, truncated))
         return self.obs.copy(), reward, terminated, truncated
 
     def _native(self, action: Floats) -> Any:

@@ -171,7 +171,7 @@ class WithExploration(Protocol):
 
 def mean_of(values: Tensor) -> Terms:
     """A mean over rows (B,), or the sum over members of their means (E, B)."""
-    return Terms(values.sum(), values.new_tensor(float(values.shape[-1])))
+    return Terms(values.sum(), values.new_full((), float(values.shape[-1])))
 
 
 def squared_errors(found: Tensor, wanted: Tensor, weight: Tensor | None = None) -> Terms:

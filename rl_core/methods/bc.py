@@ -85,7 +85,7 @@ class BC:
             found = mean_of(policy.logp(batch.obs, batch.action))
             return Loss((found,), (1.0,), {"logp": Terms(found.num.detach(), found.den)})
         apart = (policy(batch.obs) - batch.action) ** 2
-        distance = Terms(apart.sum(), apart.new_tensor(float(apart.numel())))
+        distance = Terms(apart.sum(), apart.new_full((), float(apart.numel())))
         return Loss((distance,), (-1.0,), {"apart": Terms(distance.num.detach(), distance.den)})
 
 

@@ -51,6 +51,8 @@ class MDPO:
             "rate": "the paper lists a falling rate; the code holds 3e-4, which was taken",
             "step": "t_k begins at 1 + 1/K in the code, which counts from 0; at 1 here, as in the paper",
             "standardised": "over std + 1e-8; the code adds nothing",
+            "rewards": "the paper's loaded runs and the code divide them by a running deviation of returns; here the schedule has "
+            "one fixed scale, and running means of observations alone",
             "Tsallis": "not here: the code's version on fresh batches lacks the ratio and, at q = 1, pays for moving away",
         },
     )

@@ -53,5 +53,5 @@ def held(learner: Learner, obs: Tensor, action: Tensor, wanted: Tensor, alpha: f
     """α·ΣQ / Σ|Q|, without a gradient through the denominator, less the mean squared distance of actions to those wanted."""
     q = learner.nets["critic"].first(obs, action)
     apart = (action - wanted) ** 2
-    value, distance = Terms(q.sum(), q.detach().abs().sum()), Terms(apart.sum(), apart.new_tensor(float(apart.numel())))
+    value, distance = Terms(q.sum(), q.detach().abs().sum()), Terms(apart.sum(), apart.new_full((), float(apart.numel())))
     return Loss((value, distance), (alpha, -1.0), {"apart": Terms(distance.num.detach(), distance.den)})

@@ -44,7 +44,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     """All of it: `trainer`, `rows`, `about`, `asked`. Raises InputError where there is none."""
     if not (folder / CHECKPOINT).exists():
         raise InputError(f"{folder / CHECKPOINT}: found none; expected that of a run: propel rl train METHOD --out {folder}")
-    kept: dict[str, Any] = torch.load(folder / CHECKPOINT, weights_only=True)
+    kept: dict[str, Any] = torch.load(folder / CHECKPOINT, weights_only=True, map_location="cpu")
     return kept
 
 

@@ -22,6 +22,7 @@ from rl_core.models.policies import ChoicePolicy, NormalPolicy
 from rl_core.registry import family_of, named
 from rl_core.scaling import Scaling
 from rl_core.settings import read_tables
+from rl_core.trainers.captured import Captured
 from rl_core.trainers.checkpoints import Rows, append_metrics, identity, load_checkpoint, read_checkpoint, write_checkpoint
 from rl_core.trainers.imitation import ImitationSchedule, ImitationTrainer, mixture_of
 from rl_core.trainers.offline import Act, Environment, OfflineSchedule, OfflineTrainer
@@ -79,22 +80,28 @@ class Course:
 
 def course(
     name: str, settings: Path | None, *, data: Transitions | None, env: Environment, steps: int | None, seed: int | None,
-    evaluations: int = EVALUATIONS, told: Mapping[str, Any],
+    evaluations: int = EVALUATIONS, told: Mapping[str, Any], device: str = "cpu",
 ) -> Course:  # fmt: skip
     """The run that a command line asks for. `data`: a log, which offline methods need; `told`: names of data and environment.
 
     Raises InputError for settings that no method or schedule has, and for an offline method without data.
     """
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise InputError(
+            f"--device: found {device}, and {torch.cuda.device_count()} GPUs; expected cpu, or cuda where there is one"
+        )
     tables = read_tables(settings)
     made = changed(named(name), tables.get("method", {}))
     said = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
     schedule = tables.get("schedule", {}) | said
-    return course_of(made, schedule, tables.get("collection"), data=data, env=env, evaluations=evaluations, told=told)
+    return course_of(
+        made, schedule, tables.get("collection"), data=data, env=env, evaluations=evaluations, told=told, device=device
+    )
 
 
 def course_of(
     made: Any, schedule: Mapping[str, Any], collection: Mapping[str, Any] | None, *, data: Transitions | None, env: Environment,
-    evaluations: int = EVALUATIONS, told: Mapping[str, Any],
+    evaluations: int = EVALUATIONS, told: Mapping[str, Any], device: str = "cpu",
 ) -> Course:  # fmt: skip
     """A method's run by the trainer of its family, from tables of schedule and of collection; None: it does not collect.
 
@@ -109,39 +116,58 @@ def course_of(
     if family == "imitation":
         if data is None:
             raise InputError("--data: found none; expected what the expert did: a set such as pend-exp10, or a file of transitions")
-        return imitation(made, env, data, from_table(ImitationSchedule, schedule), evaluations=evaluations, told=told)
+        return imitation(
+            made, env, data, from_table(ImitationSchedule, schedule), evaluations=evaluations, told=told, device=device
+        )
     if family == "online" and not collects:
         if data is not None:
             raise InputError(f"--data: found some; expected none: {name} learns from what it has just done itself")
-        return fresh(made, env, from_table(OnlineSchedule, schedule), evaluations=evaluations, told=told)
+        return fresh(made, env, from_table(OnlineSchedule, schedule), evaluations=evaluations, told=told, device=device)
     normalize = family == "offline" and data is not None
     learning = from_table(OfflineSchedule, {"normalize": normalize, **schedule})
     if family == "online" or collection is not None:
         collected = replace(from_table(ReplaySchedule, collection or {}), learning=learning)
-        return replayed(made, env, collected, data=data, evaluations=evaluations, told=told)
+        return replayed(made, env, collected, data=data, evaluations=evaluations, told=told, device=device)
     if data is None:
         more = ", or a table [collection] in --settings: it can collect for itself" if collects else ""
         raise InputError(
             f"--data: found none; expected a set of the pendulum, or a file of transitions, which {name} learns from{more}"
         )
-    return offline(made, data, learning, evaluations=evaluations, told=told)
+    return offline(made, data, learning, evaluations=evaluations, told=told, device=device)
 
 
 def offline(
-    method: OfflineMethod, data: Transitions, schedule: OfflineSchedule, *, evaluations: int = 1, told: Mapping[str, Any]
+    method: OfflineMethod,
+    data: Transitions,
+    schedule: OfflineSchedule,
+    *,
+    evaluations: int = 1,
+    told: Mapping[str, Any],
+    device: str = "cpu",
 ) -> Course:
     """From a log. Steps are gradient steps."""
-    made = OfflineTrainer(method, data, schedule)
+    made = OfflineTrainer(method, data, schedule, device=device)
     about = identity(method, schedule, **told)
-    return Course(made, lambda: made.step, made.advance, made.metrics, lambda n: made.act, schedule.steps, evaluations, about)
+    advance = captured(made)
+    return Course(made, lambda: made.step, advance, made.metrics, lambda n: made.act, schedule.steps, evaluations, about)
+
+
+def captured(trainer: OfflineTrainer) -> Callable[[int], None]:
+    """How a trainer goes on: on a GPU in graphs of many steps, where its method lets it."""
+    if trainer.device.type != "cuda":
+        return trainer.advance
+    try:
+        return Captured(trainer).advance
+    except InputError:
+        return trainer.advance
 
 
 def replayed(
     method: OfflineMethod, env: Environment, schedule: ReplaySchedule, *, data: Transitions | None = None, evaluations: int = 1,
-    told: Mapping[str, Any],
+    told: Mapping[str, Any], device: str = "cpu",
 ) -> Course:  # fmt: skip
     """From replay. Steps are gradient steps."""
-    made = ReplayTrainer(method, env, schedule, data=data)
+    made = ReplayTrainer(method, env, schedule, data=data, device=device)
     each, total = schedule.count * schedule.ratio, schedule.learning.steps
 
     def stretch(most: int) -> None:
@@ -154,10 +180,16 @@ def replayed(
 
 
 def fresh(
-    method: OnlineMethod, env: Environment, schedule: OnlineSchedule, *, evaluations: int = 1, told: Mapping[str, Any]
+    method: OnlineMethod,
+    env: Environment,
+    schedule: OnlineSchedule,
+    *,
+    evaluations: int = 1,
+    told: Mapping[str, Any],
+    device: str = "cpu",
 ) -> Course:
     """From fresh batches. Steps are of all environments together."""
-    made, row, about = OnlineTrainer(method, env, schedule), dict[str, float](), identity(method, schedule, **told)
+    made, row, about = OnlineTrainer(method, env, schedule, device=device), dict[str, float](), identity(method, schedule, **told)
     return Course(
         made, lambda: made.taken, lambda most: row.update(made.advance()), lambda: dict(row), lambda n: made.act, schedule.steps,
         evaluations, about,
@@ -166,10 +198,10 @@ def fresh(
 
 def imitation(
     method: ImitationMethod, env: Environment, expert: Transitions, schedule: ImitationSchedule, *, evaluations: int = 1,
-    told: Mapping[str, Any],
+    told: Mapping[str, Any], device: str = "cpu",
 ) -> Course:  # fmt: skip
     """From an expert's rows. Steps are of the environment; until a first round has ended the last policy is what was learned."""
-    made, about = ImitationTrainer(method, env, expert, schedule), identity(method, schedule, **told)
+    made, about = ImitationTrainer(method, env, expert, schedule, device=device), identity(method, schedule, **told)
 
     def policies(episodes: int) -> Act:
         return made.returned(episodes, np.random.default_rng(MIXED + schedule.seed)) if made.actors else made.act

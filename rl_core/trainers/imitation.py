@@ -242,6 +242,7 @@ class ImitationTrainer:
             action, logp = self._explored(obs, actor)
             obs, found = _stepped(self.rolling, obs, action, logp, who, self.chance)
             parts.append(found)
+        parts[-1] = replace(parts[-1], truncated=torch.ones_like(parts[-1].truncated))  # no further row of these episodes
         self.rolled += plan.samples
         return _moved(joined(parts), self.device)
 

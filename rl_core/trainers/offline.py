@@ -196,8 +196,10 @@ class _Running:
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
         self.optimizer.step()
         for name, term in loss.metrics.items():
-            num, den = self.sums.get(name, (0.0, 0.0))
-            self.sums[name] = num + term.num.detach(), den + term.den.detach()
+            if name not in self.sums:
+                self.sums[name] = torch.zeros_like(term.num), torch.zeros_like(term.den)
+            for held, found in zip(self.sums[name], term, strict=True):
+                held += found.detach()  # in place: a graph adds to the tensors that it was captured with
         return loss.errors
 
     @torch.no_grad()
@@ -210,9 +212,10 @@ class _Running:
             torch._foreach_copy_(self.lagging, self.leading)
 
     def read(self) -> dict[str, float]:
-        """Ratios since the last time."""
-        found = {name: float(num / den) for name, (num, den) in self.sums.items()}
-        self.sums = {}
+        """Ratios since the last time, of what was told since then."""
+        found = {name: float(num / den) for name, (num, den) in self.sums.items() if den != 0}
+        for held in (one for pair in self.sums.values() for one in pair):
+            held.zero_()
         return found
 
     def state(self) -> dict[str, Any]:
@@ -220,9 +223,10 @@ class _Running:
         return {"optimizer": self.optimizer.state_dict(), "sums": self.sums}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.sums = dict(state["sums"])
+        """Go on from a state, which stays as it is."""
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        device = self.weights[0].device
+        self.sums = {name: (num.to(device, copy=True), den.to(device, copy=True)) for name, (num, den) in state["sums"].items()}
 
 
 class Environment(Protocol):

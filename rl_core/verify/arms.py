@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,7 +116,7 @@ def code_of(*modules: str) -> str:
     waiting = list(modules)
     while waiting:
         name = waiting.pop()
-        spec = None if name in found else find_spec(name)
+        spec = None if name in found else _spec(name)
         if spec is None or spec.origin is None:
             continue
         found[name] = Path(spec.origin).read_bytes()
@@ -123,12 +124,21 @@ def code_of(*modules: str) -> str:
     return digest({name: hashlib.sha256(found[name]).hexdigest() for name in sorted(found)})
 
 
+def _spec(name: str) -> ModuleSpec | None:
+    """Of a module; None of what a module holds."""
+    try:
+        return find_spec(name)
+    except ModuleNotFoundError:
+        return None
+
+
 def _imported(source: bytes) -> Iterator[str]:
     """Modules of this project that a module imports; the registry's list of methods is not what a number comes from."""
     for node in ast.walk(ast.parse(source)):
         name = node.module or "" if isinstance(node, ast.ImportFrom) else ""
-        if name.split(".")[0] in ("ope", "rl_core") and name != "rl_core.registry":
+        if isinstance(node, ast.ImportFrom) and name.split(".")[0] in ("ope", "rl_core") and name != "rl_core.registry":
             yield name
+            yield from (f"{name}.{one.name}" for one in node.names)  # which may be modules, too
 
 
 def digest(content: Any) -> str:

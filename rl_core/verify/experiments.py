@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from rl_core.methods.rec import REC, VARIANTS
 from rl_core.methods.reinforce import REINFORCE
 from rl_core.trainers.checkpoints import Rows
 from rl_core.trainers.token import Schedule
-from rl_core.verify import boosting, imitation, mirror
+from rl_core.verify import boosting, imitation, mirror, online, traces
 from rl_core.verify.arms import Arms
 from rl_core.verify.margins import SEEDS, Experiment, Margin, above, at_least, at_most, mean
 from rl_core.verify.suite import SUITE
@@ -225,6 +226,10 @@ def _ailboost(arms: Arms, seeds: Sequence[int]) -> list[Margin]:
     return [*boosting.margins(boosting.measured()), *imitation.margins(arms, seeds)]
 
 
+def _trpo(arms: Arms, seeds: Sequence[int]) -> list[Margin]:
+    return [*online.natural(arms, seeds), *traces.truncation(seeds), *traces.off_policy()]
+
+
 def _mdpo(arms: Arms, seeds: Sequence[int]) -> list[Margin]:
     found = mirror.measured(mirror.tables(len(seeds)))
     return [
@@ -233,6 +238,7 @@ def _mdpo(arms: Arms, seeds: Sequence[int]) -> list[Margin]:
             for name, required in mirror.REQUIRED.items()
         ),
         at_most("MDPO (m=1) apart from the policy gradient, the largest chance", found["m=1 apart from policy gradient"], 1e-9),
+        *(online.inner_steps(arms) if find_spec("mujoco") else []),
     ]
 
 
@@ -248,6 +254,11 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     **SUITE,
     "AILBoost": Experiment("random decision processes with exact occupancies; 80 rows of the pendulum's expert", SEEDS, _ailboost),
     "MDPO": Experiment("random decision processes with exact advantages and noise, beside policy gradient and PPO", 20, _mdpo),
+    "TRPO": Experiment(
+        "the analytic pendulum, NPG beside it; what a cut is worth there; off-policy values of random processes", SEEDS, _trpo
+    ),
+    "OffPolicyMDPO": Experiment("12,000 steps of the analytic pendulum", SEEDS, online.mirror_replay),
+    "DAC": Experiment("80 rows of the pendulum's expert", SEEDS, online.judged),
 }
 
 

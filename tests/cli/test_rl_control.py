@@ -67,6 +67,9 @@ def test_a_run_goes_on_where_it_was_stopped(words: tuple[str, ...], tmp_path: Pa
         (["td3bc", "--data", "nowhere.parquet"], "nowhere.parquet"),
         (["bc", "--data", "pend-exp10", "--steps", "0"], "steps: found 0; expected at least 1"),
         (["sac", "--env", "Chess-v0"], "Chess-v0"),
+        (["sac", "--device", "tpu"], "--device: found tpu"),
+        (["grpo", "--data", "pend-exp10"], "expected neither: they are of control"),
+        (["ControlPPO", "--data", "pend-exp10"], "ControlPPO learns from what it has just done itself"),
         (["dac"], "--data: found none; expected what the expert did"),
         (["bc", "--data", "pend-exp10", "--env", "CartPole-v1"], "--data: found sizes (3, 1); expected (4, 2)"),
     ],
@@ -94,3 +97,27 @@ def test_what_was_learned_is_loaded_without_its_data(tmp_path: Path) -> None:
     act = load_policy(tmp_path / "out")
     found = returns(act, Pendulum(), EPISODES, np.random.default_rng(10_000)).mean()
     assert found == pytest.approx(rows[-1]["return"], rel=1e-6)
+
+
+def test_an_offline_method_goes_on_in_the_environment(tmp_path: Path) -> None:
+    collection = "[collection]\noffline_steps = 20\ncount = 4\nratio = 0.5\noffline_share = 0.5\n"
+    (tmp_path / "settings.toml").write_text(SMALL + "batch = 16\n" + collection)
+    words = ["rl", "train", "iql", "--data", "pend-exp10", "--steps", "40", "--settings", str(tmp_path / "settings.toml")]
+    result = RUNNER.invoke(app, [*words, "--evaluations", "2", "--out", str(tmp_path / "out"), "--json"])
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    assert [(row["step"], row["taken"]) for row in json.loads(result.stdout)] == [(20, 0), (40, 40)]
+    refused = RUNNER.invoke(app, ["rl", "train", "prdc", *words[3:], "--out", str(tmp_path / "no")])
+    assert (refused.exit_code, "PRDC does not learn from replay" in refused.stderr) == (2, True)
+
+
+def test_methods_that_imitate_are_compared(tmp_path: Path) -> None:
+    words = ["rl", "compare", "--methods", "DAC,AILBoost", "--seeds", "1", "--steps", "16", "--width", "8", "--batch", "4"]
+    folders = ["--to", str(tmp_path / "to"), "--folder", str(tmp_path / "arms")]
+    result = RUNNER.invoke(app, [*words, *folders, "--json"])
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    found = json.loads(result.stdout)
+    assert [(row["method"], row["data"], row["steps"]) for row in found] == [("DAC", "pendulum", 16), ("AILBoost", "pendulum", 16)]
+    assert [path.suffix for path in (tmp_path / "arms").iterdir()] == [".json"] * 2  # what runs need to go on is gone
+    for option, said in (("--env", "--env: found CartPole-v1"), ("--references", "--references: found CartPole-v1")):
+        refused = RUNNER.invoke(app, [*words, *folders, option, "CartPole-v1"])
+        assert (refused.exit_code, said in refused.stderr) == (2, True)

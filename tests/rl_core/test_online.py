@@ -325,6 +325,8 @@ def test_gymnasium_actions_reach_the_ends_and_cuts_are_no_ends() -> None:
         np.testing.assert_allclose(found[0][0], native, rtol=0, atol=1e-6)
         np.testing.assert_allclose(found[1][0], reward, rtol=0, atol=1e-6)
         assert (bool(found[2][0]), bool(found[3][0])) == (False, step == 4)
+    _, reward, terminated, truncated = ours.step(np.array([[1.0]]))  # cut it stays: it has not ended since
+    assert (reward[0], bool(terminated[0]), bool(truncated[0])) == (0.0, False, True)
     trainer = OnlineTrainer(ControlPPO(), ours, OnlineSchedule(horizon=8, count=2, width=8))
     state, state_of_policy = trainer.state(), copy.deepcopy(trainer.policy.state_dict())
     trainer.advance()
