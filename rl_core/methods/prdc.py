@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import nn
 
 from ope.data import InputError
 from rl_core.checks import at_least
-from rl_core.families.offline import Draw, Learner, Transitions, mean_of
+from rl_core.families.offline import Draw, Learner, Stage, Transitions, mean_of
 from rl_core.loss import Loss
-from rl_core.methods.td3 import ORIGINS, Twin, TwinMethod
+from rl_core.methods.td3 import ORIGINS, Twin, twin_networks, twin_stages
 from rl_core.methods.td3_bc import held
+from rl_core.models.mlp import Sizes
 from rl_core.paper import Paper
 from rl_core.support import NearestPairs, nearest_pairs
 
 
 @dataclass(frozen=True)
-class PRDC(TwinMethod):
+class PRDC:
     """Ran et al. 2023. With a large `state_weight` it is TD3+BC, with 0 it constrains actions alone."""
 
     paper: ClassVar[Paper] = Paper(
@@ -56,6 +59,23 @@ class PRDC(TwinMethod):
         at_least(self, 0.0, "alpha", "state_weight", "bandwidth")
         if self.norm == "l2" and self.bandwidth:
             raise InputError(f"norm, bandwidth: found l2 and {self.bandwidth}; expected squared, or 0: the distance is to one pair")
+
+    @property
+    def tau(self) -> float:
+        """Share of the way that lagged copies move."""
+        return self.twin.tau
+
+    def networks(self, sizes: Sizes) -> Mapping[str, nn.Module]:
+        """An actor and twin critics."""
+        return twin_networks(sizes)
+
+    def lagged(self) -> tuple[str, ...]:
+        """Both."""
+        return "actor", "critic"
+
+    def stages(self) -> tuple[Stage, ...]:
+        """TD3's."""
+        return twin_stages(self.twin, self.actor)
 
     def prepare(self, data: Transitions) -> NearestPairs:
         """Index of all pairs, observations as they are scaled for the policy."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rl_core.checks import above, at_least, within
 from rl_core.exploration import noisy
-from rl_core.families.offline import Draw, Learner, Stage, Transitions, backup, fitted, mean_of
+from rl_core.families.offline import Draw, Learner, Stage, StageLoss, Transitions, backup, fitted, mean_of
 from rl_core.loss import Loss
 from rl_core.models.mlp import Critic, Deterministic, Sizes
 from rl_core.paper import Paper
@@ -43,38 +43,8 @@ ORIGINS: Mapping[str, str] = {
 EXPLORATION = "paper and code: normal noise of 0.1 around the action, for collecting alone"
 
 
-class TwinMethod:
-    """What methods are that differ from TD3 in the actor's loss: networks, copies, and the critics' stage."""
-
-    twin: Twin
-
-    @property
-    def tau(self) -> float:
-        """Share of the way that lagged copies move."""
-        return self.twin.tau
-
-    def networks(self, sizes: Sizes) -> Mapping[str, nn.Module]:
-        """An actor and twin critics."""
-        return {"actor": Deterministic(sizes), "critic": Critic(sizes)}
-
-    def lagged(self) -> tuple[str, ...]:
-        """Both."""
-        return "actor", "critic"
-
-    def stages(self) -> tuple[Stage, ...]:
-        """The critic; every second step the actor, and the copies."""
-        return (
-            Stage({"critic": self.twin.critic_rate}, lambda learner, batch, draw: critic(learner, batch, draw, self.twin)),
-            Stage({"actor": self.twin.actor_rate}, self.actor, every=self.twin.actor_every, follows=("actor", "critic")),
-        )
-
-    def actor(self, learner: Learner, batch: Transitions, draw: Draw) -> Loss:
-        """The first critic's value of what the policy does."""
-        return Loss((mean_of(learner.nets["critic"].first(batch.obs, learner.nets["actor"](batch.obs))),), (1.0,), {})
-
-
 @dataclass(frozen=True)
-class TD3(TwinMethod):
+class TD3:
     """Fujimoto et al. 2018."""
 
     paper: ClassVar[Paper] = Paper(
@@ -95,9 +65,44 @@ class TD3(TwinMethod):
     def __post_init__(self) -> None:
         above(self, 0, "exploration")
 
+    @property
+    def tau(self) -> float:
+        """Share of the way that lagged copies move."""
+        return self.twin.tau
+
+    def networks(self, sizes: Sizes) -> Mapping[str, nn.Module]:
+        """An actor and twin critics."""
+        return twin_networks(sizes)
+
+    def lagged(self) -> tuple[str, ...]:
+        """Both."""
+        return "actor", "critic"
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The critic; every second step the actor, and the copies."""
+        return twin_stages(self.twin, actor)
+
     def explore(self, learner: Learner, obs: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         """What the policy takes, with noise."""
         return noisy(learner.nets["actor"](obs), self.exploration, draw)
+
+
+def actor(learner: Learner, batch: Transitions, draw: Draw) -> Loss:
+    """The first critic's value of what the policy does."""
+    return Loss((mean_of(learner.nets["critic"].first(batch.obs, learner.nets["actor"](batch.obs))),), (1.0,), {})
+
+
+def twin_networks(sizes: Sizes) -> Mapping[str, nn.Module]:
+    """An actor and twin critics."""
+    return {"actor": Deterministic(sizes), "critic": Critic(sizes)}
+
+
+def twin_stages(twin: Twin, actor_loss: StageLoss) -> tuple[Stage, ...]:
+    """TD3's step around any objective of the actor."""
+    return (
+        Stage({"critic": twin.critic_rate}, lambda learner, batch, draw: critic(learner, batch, draw, twin)),
+        Stage({"actor": twin.actor_rate}, actor_loss, every=twin.actor_every, follows=("actor", "critic")),
+    )
 
 
 def critic(learner: Learner, batch: Transitions, draw: Draw, twin: Twin) -> Loss:

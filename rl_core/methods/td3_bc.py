@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ope.primitives.terms import Terms
 from rl_core.checks import above, at_least
 from rl_core.exploration import noisy
-from rl_core.families.offline import Draw, Learner, Transitions
+from rl_core.families.offline import Draw, Learner, Stage, Transitions
 from rl_core.loss import Loss
-from rl_core.methods.td3 import EXPLORATION, ORIGINS, Twin, TwinMethod
+from rl_core.methods.td3 import EXPLORATION, ORIGINS, Twin, twin_networks, twin_stages
+from rl_core.models.mlp import Sizes
 from rl_core.paper import Paper
 
 
 @dataclass(frozen=True)
-class TD3BC(TwinMethod):
+class TD3BC:
     """Fujimoto and Gu 2021."""
 
     paper: ClassVar[Paper] = Paper(
@@ -38,6 +40,23 @@ class TD3BC(TwinMethod):
     def __post_init__(self) -> None:
         at_least(self, 0, "alpha")
         above(self, 0, "exploration")
+
+    @property
+    def tau(self) -> float:
+        """Share of the way that lagged copies move."""
+        return self.twin.tau
+
+    def networks(self, sizes: Sizes) -> Mapping[str, nn.Module]:
+        """An actor and twin critics."""
+        return twin_networks(sizes)
+
+    def lagged(self) -> tuple[str, ...]:
+        """Both."""
+        return "actor", "critic"
+
+    def stages(self) -> tuple[Stage, ...]:
+        """TD3's."""
+        return twin_stages(self.twin, self.actor)
 
     def explore(self, learner: Learner, obs: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         """What the policy takes, with noise."""

@@ -24,7 +24,7 @@ from rl_core.methods.awac import AWAC
 from rl_core.methods.bc import BC
 from rl_core.methods.cql import CQL, conservative_gap
 from rl_core.methods.iql import IQL
-from rl_core.methods.td3 import TD3
+from rl_core.methods.td3 import actor as td3_actor
 from rl_core.methods.td3_bc import TD3BC, held
 from rl_core.models.mlp import Ensemble, Sizes, Temperature
 from rl_core.paper import Paper
@@ -134,7 +134,7 @@ def test_td3_bc_lies_between_cloning_and_td3() -> None:
     torch.testing.assert_close(slopes(TD3BC(alpha=0.0).actor(parts, data, Seeded()), net), cloning)
     loss = TD3BC().actor(parts, data, Seeded())
     alone = flat(slopes(loss._replace(weights=(loss.weights[0], 0.0)), net))
-    value = flat(slopes(TD3().actor(parts, data, Seeded()), net))
+    value = flat(slopes(td3_actor(parts, data, Seeded()), net))
     assert functional.cosine_similarity(alone, value, dim=0).item() == pytest.approx(1, abs=1e-6)
 
 
