@@ -32,7 +32,7 @@ def promote(
         Path | None, typer.Option("--to", help="Folder that the policy is copied to if it is better; may be that of --over.")
     ] = None,
     discount: Annotated[float, typer.Option("--discount", min=0.0, max=0.9999, help="Of the values that are compared.")] = 0.99,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Of a fit.")] = 6000,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of a fit: enough that backups cover the horizon.")] = 10_000,
     fits: Annotated[int, typer.Option("--fits", min=3, help="Of either policy, from seeds of their own.")] = 5,
     width: Annotated[int, typer.Option("--width", min=1, help="Of the critic's two hidden layers.")] = 64,
     level: Annotated[float, typer.Option("--level", min=0.5, max=0.9999, help="Of the one-sided interval.")] = 0.95,
