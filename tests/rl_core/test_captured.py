@@ -21,7 +21,6 @@ from ope.data import InputError
 from rl_core.families.offline import Draw, Learner, OfflineMethod, Stage, Transitions, mean_of
 from rl_core.loss import Loss
 from rl_core.methods.bc import BC
-from rl_core.methods.cql import CQL
 from rl_core.methods.iql import IQL
 from rl_core.methods.mdpo import OffPolicyMDPO
 from rl_core.methods.prdc import PRDC
@@ -324,7 +323,7 @@ QUIET = pytest.mark.filterwarnings("ignore")
 
 
 @QUIET
-@pytest.mark.parametrize("method", [TD3BC(), IQL(), SAC(), CQL(samples=3)], ids=["TD3BC", "IQL", "SAC", "CQL"])
+@pytest.mark.parametrize("method", [TD3BC(), IQL()], ids=["TD3BC", "IQL"])
 def test_traced_losses_are_the_losses(method: OfflineMethod) -> None:
     """On batches and numbers that were drawn before; operations as they are, since building kernels takes long."""
     plain = trainer(method)

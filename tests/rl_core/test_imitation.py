@@ -116,7 +116,9 @@ def test_rows_are_of_their_learner_and_replay_holds_what_the_judge_looks_at() ->
 
 
 def went_on(rows: Transitions, side: int, *, last: bool = False) -> None:
-    """Rows of `side` episodes at once, cut after 8 steps, and where they are the last of their learner: each was followed by what the pendulum does, then by a fresh one."""
+    """Rows of `side` episodes at once, cut after 8 steps and, where they are a learner's last, there: what the pendulum does
+    follows, then a fresh one.
+    """
     angle = [torch.atan2(one[:, 1], one[:, 0]) for one in (rows.obs, rows.next_obs)]
     moved = torch.remainder(angle[1] - angle[0] - 0.05 * rows.next_obs[:, 2] + math.pi, 2 * math.pi) - math.pi
     assert moved.abs().max() < 1e-4
