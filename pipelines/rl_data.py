@@ -74,7 +74,7 @@ def described(found: Transitions) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from rl_core.methods.bc import discounted, numbered
+    from rl_core.families.offline import discounted, numbered
 
     episode = numbered(found)
     returns = discounted(found.reward, episode, 1.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,6 +50,8 @@ def promote(
 
         held_out, settings = transitions(data, seed), FQE(discount=discount, steps=steps, width=width, seed=seed)
         policies = [deterministic(folder) for folder in (candidate, over)]
+        for folder in (candidate, over):
+            untaught(folder, data, seed)
         with progress("Fitting") as advance:
             verdict = compared(policies[0], policies[1], held_out, settings, fits=fits, level=level, progress=advance)
         told = {"candidate": str(candidate), "over": str(over), "data": data, "discount": discount, **described(verdict)}
@@ -82,6 +83,20 @@ def deterministic(folder: Path) -> Act:
     return found
 
 
+def untaught(folder: Path, data: str, seed: int) -> None:
+    """Raises InputError where these transitions taught the policy: they would flatter it."""
+    from ope.data import InputError
+    from rl_core.envs.pendulum import SETS
+    from rl_core.trainers.checkpoints import load_checkpoint
+    from rl_core.verify.control import content_of
+
+    about = load_checkpoint(folder)["about"]
+    same = about.get("data") == (data if data in SETS else content_of(data))
+    if same and (data not in SETS or about["schedule"]["seed"] == seed):
+        drawn = f" of seed {seed}" if data in SETS else ""
+        raise InputError(f"--data: found {data}{drawn}, which taught {folder}; expected episodes that it has not seen")
+
+
 def described(verdict: Verdict) -> dict[str, Any]:
     """As JSON says it."""
     one = verdict.paired
@@ -92,12 +107,11 @@ def described(verdict: Verdict) -> dict[str, Any]:
 
 
 def install(candidate: Path, to: Path, told: dict[str, Any]) -> None:
-    """A copy of the checkpoint, whole or not at all, and a line of what it came in by."""
-    from rl_core.trainers.checkpoints import CHECKPOINT
+    """The checkpoint with what it came in by, whole or not at all; then a line in the history."""
+    from rl_core.trainers.checkpoints import CHECKPOINT, alone, load_checkpoint, save
 
-    to.mkdir(parents=True, exist_ok=True)
-    part = to / f"{CHECKPOINT}.part"
-    shutil.copyfile(candidate / CHECKPOINT, part)
-    with (to / HISTORY).open("a") as file:
-        file.write(json.dumps(told | {"at": datetime.now(UTC).isoformat(timespec="seconds")}) + "\n")
-    part.replace(to / CHECKPOINT)
+    record = told | {"at": datetime.now(UTC).isoformat(timespec="seconds")}
+    with alone(to):
+        save(to / CHECKPOINT, load_checkpoint(candidate) | {"promotion": record})
+        with (to / HISTORY).open("a") as file:
+            file.write(json.dumps(record) + "\n")

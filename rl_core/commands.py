@@ -1,4 +1,4 @@
-"""`propel rl`: methods that learn language models, and the experiments that verify them. Torch loads when a command is called."""
+"""`propel rl`: methods of reinforcement learning, runs, and the experiments that verify them. Torch loads when one is called."""
 
 from __future__ import annotations
 
@@ -76,15 +76,17 @@ def train(
     settings: Annotated[
         Path | None, typer.Option("--settings", help="TOML: [method], [schedule], and [collection] of what collects for itself.")
     ] = None,
-    task: Annotated[str, typer.Option("--task", help="Of language models: addition or fillers.")] = "addition",
+    task: Annotated[str | None, typer.Option("--task", help="Of language models: addition, which it is, or fillers.")] = None,
     data: Annotated[
         str | None, typer.Option("--data", help="Of control: a set of the pendulum such as pend-mix10, or a file of transitions.")
     ] = None,
-    env: Annotated[str, typer.Option("--env", help="Of control: pendulum, or a name of Gymnasium's.")] = "pendulum",
-    evaluations: Annotated[int, typer.Option("--evaluations", min=1, help="Of control: how often the policy is judged.")] = 10,
+    env: Annotated[str | None, typer.Option("--env", help="Of control: pendulum, which it is, or a name of Gymnasium's.")] = None,
+    evaluations: Annotated[
+        int | None, typer.Option("--evaluations", min=1, help="Of control: how often the policy is judged; 10.")
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Steps; else the settings' own.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the start, and of all that is drawn.")] = None,
-    device: Annotated[str, typer.Option("--device", help="Of control: cpu, or cuda.")] = "cpu",
+    device: Annotated[str | None, typer.Option("--device", help="Of control: cpu, which it is, or cuda.")] = None,
     json_: AsJson = False,
 ) -> None:
     """Train by a method: the small language model on a task, or a policy of control on data or in an environment."""
@@ -92,7 +94,6 @@ def train(
     from rich.progress import Progress
 
     with bad_input("rl"):
-        from ope.data import InputError
         from rl_core.registry import family_of, named
 
         console = Console(stderr=True)
@@ -103,17 +104,26 @@ def train(
                 bar.update(shown, completed=done, total=total, description=told)
 
             if family_of(type(named(method))) == "token":
-                if device != "cpu" or data is not None:
-                    raise InputError("--device, --data: found one of them; expected neither: they are of control")
-                rows = _train_tokens(method, out, settings, task, steps, seed, tell)
+                _refuse({"--data": data, "--env": env, "--evaluations": evaluations, "--device": device}, "they are of control")
+                rows = _train_tokens(method, out, settings, task or "addition", steps, seed, tell)
                 names = ("step", "rollouts", "cpu_seconds", "pass_at_1", "entropy", "ess")
             else:
-                rows = _train_control(method, out, settings, data, env, evaluations, steps, seed, device, tell)
+                _refuse({"--task": task}, "it is of language models")
+                env = env or "pendulum"
+                rows = _train_control(method, out, settings, data, env, evaluations or 10, steps, seed, device or "cpu", tell)
                 names = ("step", "cpu_seconds", "return", *(("score",) if env == "pendulum" else ()))
         if json_:
             typer.echo(json.dumps(rows, indent=2))
             return
         _table(names, [{name: _short(row.get(name)) for name in names} for row in rows])
+
+
+def _refuse(options: Mapping[str, Any], why: str) -> None:
+    """Raises InputError for options that were given and mean nothing here."""
+    from ope.data import InputError
+
+    if given := [name for name, value in options.items() if value is not None]:
+        raise InputError(f"{', '.join(given)}: found with a method to which it says nothing; expected none: {why}")
 
 
 Tell = Callable[[float, int, str], None]
@@ -162,8 +172,14 @@ def _train_control(
         device=device,
     )
     judge = partial(judged, seed=seed or 0, env=env)
-    tell(0, made.total, "return ?")
-    rows = made.run(judge, out, lambda row: tell(row["step"], made.total, f"return {row['return']:.1f}"))
+    said = "return ?"
+
+    def told_of(row: Mapping[str, float]) -> None:
+        nonlocal said
+        said = f"return {row['return']:.1f}" if "return" in row else said
+        tell(row["step"], made.total, said)
+
+    rows = made.run(judge, out, told_of)
     return rows if env == PENDULUM else [{name: value for name, value in row.items() if name != "score"} for row in rows]
 
 

@@ -24,7 +24,10 @@ def log_density(mean: Tensor, action: Tensor, noise: float) -> Tensor:
 
 
 def cut(action: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws of an unbounded policy (B, A), cut to [-1, 1], and their log densities (B,) where none was."""
+    """Draws of a policy (B, A), cut to [-1, 1], and their log densities (B,) where none is at an end.
+
+    A squashed draw may be there, too: tanh of 10 is 1 in single precision, of which the density was not.
+    """
     action = action.clamp(-1, 1)
     return action, known_inside(action, logp)
 

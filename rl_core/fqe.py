@@ -20,7 +20,7 @@ from torch import Generator, Tensor, nn
 from ope.data import InputError
 from rl_core.buffers import Buffer
 from rl_core.checks import at_least
-from rl_core.families.offline import Draw, Drawn, Transitions, backup
+from rl_core.families.offline import Draw, Drawn, Transitions, backup, numbered
 from rl_core.models.mlp import Critic, Sizes
 from rl_core.scaling import Scaling
 
@@ -32,6 +32,9 @@ SLACK = 0.006
 
 FITS = 3
 """Least fits of either policy in a comparison."""
+
+RESAMPLED = 1
+"""Beside a fit's seed: the stream that draws its episodes."""
 
 ALARM = 0.05
 """Share of starts with impossible values from which on an estimate is not to be believed."""
@@ -86,14 +89,21 @@ class FQE:
             optimizer.step()
             torch._foreach_lerp_(lagging, leading, self.tau)
             progress(step)
-        mark = (len(data), float(data.reward.double().sum()), float(data.obs.double().sum()))
-        return FittedQ(self, critic, scaling, policy, *_bounds(data.reward, self.discount), mark)
+        return FittedQ(self, critic, scaling, policy, *_bounds(data.reward, self.discount), _mark(data))
 
     def fits(
         self, data: Transitions, policy: TargetPolicy, count: int = 5, progress: Callable[[int], object] = lambda step: None
     ) -> tuple[FittedQ, ...]:
-        """Several fits, each from a seed of its own: what `paired` needs to know how far one fit is from another."""
-        return tuple(replace(self, seed=self.seed + one).fit(data, policy, progress) for one in range(count))
+        """Several fits, each from a seed of its own and on as many episodes drawn anew from the data, with replacement.
+
+        What `paired` needs to know how far such data, and such fits, are from others. Two policies have the same draws. Raises
+        InputError for data of fewer than two episodes.
+        """
+        made = list[FittedQ]()
+        for one in range(count):
+            settings = replace(self, seed=self.seed + one)
+            made.append(replace(settings.fit(resampled(data, settings.seed), policy, progress), data=_mark(data)))
+        return tuple(made)
 
 
 @dataclass(frozen=True)
@@ -145,9 +155,11 @@ class Paired:
 def paired(candidate: Sequence[FittedQ], baseline: Sequence[FittedQ], starts: Tensor, *, level: float = 0.95) -> Paired:
     """The difference of two policies over the same starts (n, S), of held-out episodes: mean over pairs of fits, by `FQE.fits`.
 
-    Its error is that between pairs of fits, each from another seed, and that between starts; the interval is Student's t of pairs.
-    One fit says nothing of the first, which is the larger: by starts alone a policy beats itself a third of the time.
-    Raises InputError for fewer than three fits of either, other numbers of them, other settings or data, or fewer than two starts.
+    Its error is the deviation of pairs, each of other episodes and another seed, and that of the mean over starts; the interval is
+    Student's t of pairs. The deviation is not divided by their number: all pairs are of one log, and its noise is in every one of
+    them. By starts alone, or by seeds alone, a policy that is no better is promoted in a third of all logs.
+    Raises InputError for fewer than three fits of either, other numbers of them, other settings, seeds or data, or fewer than two
+    starts.
     """
     every = [*candidate, *baseline]
     if min(len(candidate), len(baseline)) < FITS or len(candidate) != len(baseline) or len(starts) < 2:
@@ -155,11 +167,14 @@ def paired(candidate: Sequence[FittedQ], baseline: Sequence[FittedQ], starts: Te
         raise InputError(f"found {found}; expected as many of either, at least {FITS}, by FQE.fits, and at least two starts")
     if len({(replace(one.settings, seed=0), one.data) for one in every}) > 1:
         raise InputError("found fits of different settings or data; expected the same of both policies")
+    seeds = [[one.settings.seed for one in some] for some in (candidate, baseline)]
+    if seeds[0] != seeds[1] or len(set(seeds[0])) < len(seeds[0]):
+        raise InputError(f"found fits of seeds {seeds[0]} and {seeds[1]}; expected the same of both, each once, by FQE.fits")
     values = [np.stack([one.values(starts) for one in some]) for some in (candidate, baseline)]
     apart = values[0] - values[1]
     between_fits, between_starts = apart.mean(axis=1), apart.mean(axis=0)
     count, n = apart.shape
-    stderr = math.sqrt(between_fits.var(ddof=1) / count + between_starts.var(ddof=1) / n)
+    stderr = math.sqrt(between_fits.var(ddof=1) + between_starts.var(ddof=1) / n)
     reasons = [
         f"{who}: {share:.0%} of starts have values that rewards do not allow; the data do not support it"
         for who, fits, found in (("candidate", candidate, values[0]), ("baseline", baseline, values[1]))
@@ -169,6 +184,25 @@ def paired(candidate: Sequence[FittedQ], baseline: Sequence[FittedQ], starts: Te
         reasons.append(f"backups cover {candidate[0].settings.reach:.0%} of the horizon; expected 98 %: fit for longer")
     low = float(apart.mean() - stats.t.ppf(level, count - 1) * stderr)
     return Paired(float(apart.mean()), stderr, low, level, n, count, tuple(reasons))
+
+
+def resampled(data: Transitions, seed: int) -> Transitions:
+    """As many episodes as there are, drawn with replacement. Raises InputError for fewer than two."""
+    episode = numbered(data)
+    lengths = torch.bincount(episode)
+    if len(lengths) < 2:
+        raise InputError("found one episode; expected at least two: how sure a difference is, is seen between episodes")
+    first = lengths.cumsum(dim=0) - lengths
+    rng = np.random.default_rng((seed, RESAMPLED))
+    drawn = torch.as_tensor(rng.integers(len(lengths), size=len(lengths)))
+    long = lengths[drawn]
+    age = torch.arange(int(long.sum())) - (long.cumsum(dim=0) - long).repeat_interleave(long)
+    return data.rows(first[drawn].repeat_interleave(long) + age)
+
+
+def _mark(data: Transitions) -> tuple[float, ...]:
+    """What tells one data set from another."""
+    return len(data), float(data.reward.double().sum()), float(data.obs.double().sum())
 
 
 def _bounds(reward: Tensor, discount: float) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from ope.data import InputError
 from rl_core.families.offline import Draw, Transitions
 from rl_core.fqe import FQE, Paired, TargetPolicy, paired
 from rl_core.scaling import Scaling
-from rl_core.support import nearest_pairs, overlap
+from rl_core.support import SAMPLE, nearest_pairs, overlap
 from rl_core.trainers.offline import Act
 
 STATE_WEIGHT = 2.0
@@ -20,9 +21,6 @@ STATE_WEIGHT = 2.0
 
 LARGEST = 100.0
 """Size of the largest value that rewards allow, to which they are scaled for fitting."""
-
-SAMPLE = 2000
-"""Rows at most whose actions are held against the data: the search is by pairs."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,10 @@ def compared(
 ) -> Verdict:
     """Paired FQE of two policies from the starts of the episodes of held-out data, several fits of each.
 
-    Raises InputError for data of fewer than two episodes, and for fewer than three fits.
+    Raises InputError for data of fewer than two episodes, fewer than three fits, and policies of other sizes than the data.
     """
+    for who, policy in (("candidate", candidate), ("baseline", baseline)):
+        check_sizes(who, policy, data)
     size = max(float(data.reward.abs().max()), 1e-12) / (1 - settings.discount)
     scaled = replace(data, reward=data.reward * (LARGEST / size))
     done, steps = 0, 2 * fits * settings.steps
@@ -75,6 +75,16 @@ def compared(
     return Verdict(told, share, (*apart.reasons, *against))
 
 
+def check_sizes(who: str, policy: Act, data: Transitions) -> None:
+    """Raises InputError for a policy that does not take the data's observations, or acts in other dimensions."""
+    try:
+        found = policy(data.obs[:1].double().numpy()).shape[1]
+    except RuntimeError as error:
+        raise InputError(f"{who}: found a policy of other observations than the data's {data.sizes[0]} ({error})") from None
+    if found != data.sizes[1]:
+        raise InputError(f"{who}: found actions of {found} numbers; expected {data.sizes[1]}, as the data have")
+
+
 def starts(data: Transitions) -> Tensor:
     """Observations (n, S) with which episodes begin. Raises InputError for fewer than two."""
     ended = (data.terminated > 0) | (data.truncated > 0)
@@ -87,8 +97,7 @@ def starts(data: Transitions) -> Tensor:
 def unsupported(policy: Act, data: Transitions) -> tuple[float, bool]:
     """Share of a policy's actions, at rows of the data, that are far from any logged pair; whether it is too large."""
     scaling = Scaling.of(data.obs)
-    every = max(len(data) // SAMPLE, 1)
-    obs = data.obs[::every]
+    obs = data.obs[:: math.ceil(len(data) / SAMPLE)]
     found = overlap(
         nearest_pairs(scaling.apply(data.obs), data.action, STATE_WEIGHT), scaling.apply(obs),
         torch.as_tensor(policy(obs.double().numpy()), dtype=torch.float32),

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from ope.data import InputError
 
+SAMPLE = 2000
+"""Logged pairs at most whose distance to the nearest other one is looked at: some searches cost as much as there are pairs."""
+
 TILE = 1 << 16
 """Rows of the data that are compared with all queries at once."""
 
@@ -220,7 +223,7 @@ class Overlap:
     quantiles: dict[str, float]
     """Of the distances: their 50th, 90th and 99th percentile, and the largest."""
     limit: float
-    """99th percentile of the distances of logged pairs to the nearest other one."""
+    """99th percentile of the distances of logged pairs, 2,000 of them at most, to the nearest other one."""
     beyond: float
     """Share of the policy's pairs that are farther than that."""
 
@@ -232,7 +235,8 @@ class Overlap:
 
 def overlap(support: NearestPairs, obs: Tensor, action: Tensor) -> Overlap:
     """Distances of a policy's actions to the data, beside those of the data to each other (PRDC's page, the overlap diagnostic)."""
-    far, _ = cKDTree(support.points.double().cpu().numpy()).query(support.points.double().cpu().numpy(), k=[2])
+    points = support.points.double().cpu().numpy()
+    far, _ = cKDTree(points).query(points[:: math.ceil(len(points) / SAMPLE)], k=[2])
     limit = float(np.quantile(far[:, 0], 0.99))
     found = support.distance(obs, action).double().cpu().numpy()
     named = {f"{100 * q:g} %": float(np.quantile(found, q)) for q in (0.5, 0.9, 0.99)}

@@ -63,6 +63,19 @@ def joined(some: Sequence[Transitions]) -> Transitions:
     return Transitions(*(None if any(part is None for part in column) else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 
 
+def numbered(data: Transitions) -> Tensor:
+    """(n,) number of the episode that each row is of: one ends where either flag is set, or with the data."""
+    ends = ((data.terminated > 0) | (data.truncated > 0)).long()
+    return ends.cumsum(dim=0) - ends
+
+
+def discounted(reward: Tensor, episode: Tensor, discount: float) -> Tensor:
+    """Σ_t γ^t r_t of every episode (episodes,), of rows (n,) in order and their episodes' numbers (n,)."""
+    counts = torch.bincount(episode)
+    age = torch.arange(len(reward), device=reward.device) - (counts.cumsum(dim=0) - counts)[episode]
+    return torch.bincount(episode, weights=reward.double() * discount ** age.double())
+
+
 class Draw(Protocol):
     """Where random numbers come from: a generator, or numbers that were drawn before."""
 
@@ -174,16 +187,20 @@ def mean_of(values: Tensor) -> Terms:
     return Terms(values.sum(), values.new_full((), float(values.shape[-1])))
 
 
-def squared_errors(found: Tensor, wanted: Tensor, weight: Tensor | None = None) -> Terms:
+def weighed(values: Tensor, batch: Transitions) -> Tensor:
+    """(B,) or (E, B), each row by its weight where the batch has any."""
+    return values if batch.weight is None else values * batch.weight
+
+
+def squared_errors(found: Tensor, wanted: Tensor, batch: Transitions) -> Terms:
     """-w(Q - y)² of every member (E, B), to be maximised: Σ over members of the mean over rows."""
-    squared = (found - wanted) ** 2
-    return mean_of(-squared if weight is None else -weight * squared)
+    return mean_of(-weighed((found - wanted) ** 2, batch))
 
 
 def fitted(found: Tensor, wanted: Tensor, batch: Transitions) -> Loss:
     """Squared errors of critics (E, B), the first one's mean value to look at, and the rows' errors where priorities need them."""
     errors = None if batch.weight is None else (found.detach() - wanted).abs().mean(dim=0)
-    return Loss((squared_errors(found, wanted, batch.weight),), (1.0,), {"q": mean_of(found.detach()[0])}, errors)
+    return Loss((squared_errors(found, wanted, batch),), (1.0,), {"q": mean_of(found.detach()[0])}, errors)
 
 
 def backup(batch: Transitions, following: Tensor, discount: float) -> Tensor:

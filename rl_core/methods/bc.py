@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ope.data import InputError
 from ope.primitives.terms import Terms
 from rl_core.checks import at_least, within
-from rl_core.families.offline import Draw, Learner, Stage, Transitions, mean_of
+from rl_core.families.offline import Draw, Learner, Stage, Transitions, discounted, mean_of, numbered
 from rl_core.loss import Loss
 from rl_core.models.mlp import Deterministic, Gaussian, Sizes
 from rl_core.paper import Paper
@@ -87,16 +87,3 @@ class BC:
         apart = (policy(batch.obs) - batch.action) ** 2
         distance = Terms(apart.sum(), apart.new_full((), float(apart.numel())))
         return Loss((distance,), (-1.0,), {"apart": Terms(distance.num.detach(), distance.den)})
-
-
-def numbered(data: Transitions) -> Tensor:
-    """(n,) number of the episode that each row is of: one ends where either flag is set, or with the data."""
-    ends = ((data.terminated > 0) | (data.truncated > 0)).long()
-    return ends.cumsum(dim=0) - ends
-
-
-def discounted(reward: Tensor, episode: Tensor, discount: float) -> Tensor:
-    """Σ_t γ^t r_t of every episode (episodes,), of rows (n,) in order and their episodes' numbers (n,)."""
-    counts = torch.bincount(episode)
-    age = torch.arange(len(reward), device=reward.device) - (counts.cumsum(dim=0) - counts)[episode]
-    return torch.bincount(episode, weights=reward.double() * discount ** age.double())

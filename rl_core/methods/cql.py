@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ope.primitives.terms import Terms
 from rl_core.checks import above, at_least, within
-from rl_core.families.offline import Draw, Learner, Stage, Transitions, backup, fitted, mean_of
+from rl_core.exploration import cut
+from rl_core.families.offline import Draw, Learner, Stage, Transitions, backup, fitted, mean_of, weighed
 from rl_core.loss import Loss
 from rl_core.methods.sac import drawn
 from rl_core.models.mlp import Critic, Sizes, Squashed, Temperature
@@ -93,7 +94,7 @@ class CQL:
 
     def explore(self, learner: Learner, obs: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         """The policy's own actions."""
-        return drawn(learner.nets["actor"], obs, draw)
+        return cut(*drawn(learner.nets["actor"], obs, draw))
 
     def critic(self, learner: Learner, batch: Transitions, draw: Draw) -> Loss:
         """Squared errors, and the gaps between what could be done and what was done."""
@@ -105,7 +106,7 @@ class CQL:
         obs = batch.obs.expand(len(every), *batch.obs.shape)
         q = learner.nets["critic"](obs.flatten(0, 1), every.flatten(0, 1)).unflatten(1, (len(every), len(batch)))
         found = q[:, -1]
-        gap = mean_of(conservative_gap(q[:, :-1], density, found, self.softness))
+        gap = mean_of(weighed(conservative_gap(q[:, :-1], density, found, self.softness), batch))
         told, fit = {"gap": Terms(gap.num.detach() / len(found), gap.den)}, fitted(found, wanted, batch)
         return Loss((*fit.terms, gap), (1.0, -self.alpha), {**fit.metrics, **told}, fit.errors)
 

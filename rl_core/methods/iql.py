@@ -14,7 +14,7 @@ from ope.primitives.divergences import expectile
 from ope.primitives.weights import exp_advantage
 from rl_core.checks import above, at_least, within
 from rl_core.exploration import cut
-from rl_core.families.offline import Draw, Learner, Stage, Transitions, backup, fitted, mean_of
+from rl_core.families.offline import Draw, Learner, Stage, Transitions, backup, fitted, mean_of, weighed
 from rl_core.loss import Loss
 from rl_core.models.mlp import Critic, Gaussian, Sizes, Value
 from rl_core.paper import Paper
@@ -107,7 +107,7 @@ class IQL:
         found = critic(batch.obs, batch.action)
         apart = expectile(advantage(learner, batch, value(batch.obs)), self.expectile)
         fit = fitted(found, wanted, batch)
-        return Loss((mean_of(-apart), *fit.terms), (1.0, 1.0), fit.metrics, fit.errors)
+        return Loss((mean_of(-weighed(apart, batch)), *fit.terms), (1.0, 1.0), fit.metrics, fit.errors)
 
 
 def advantage(learner: Learner, batch: Transitions, value: Tensor) -> Tensor:

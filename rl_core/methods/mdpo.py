@@ -18,6 +18,7 @@ from ope.primitives.terms import Terms
 from ope.primitives.weights import ratio
 from rl_core.buffers import UNKNOWN
 from rl_core.checks import at_least, within
+from rl_core.exploration import cut
 from rl_core.families.offline import Draw, Learner, Stage, Transitions, backup, fitted, mean_of, squared_errors
 from rl_core.families.online import CreditedRows, Plan, Steps, generalised, value_errors
 from rl_core.loss import Loss
@@ -153,7 +154,7 @@ class OffPolicyMDPO:
             action = learner.nets["actor"](obs)
             return action, torch.full_like(action[:, 0], UNKNOWN)
         before, logp, *_ = fresh(learner.nets["actor"], obs, draw)
-        return torch.tanh(before), logp
+        return cut(torch.tanh(before), logp)
 
     def actor(self, learner: Learner, batch: Transitions, draw: Draw) -> Loss:
         """Value, and distance to the lagged policy with the entropy's bonus linearised there. Both densities are of one u."""
@@ -174,7 +175,7 @@ class OffPolicyMDPO:
             wanted = backup(batch, learner.lagged["value"](batch.next_obs), self.discount)
         found, value = nets["critic"](batch.obs, batch.action), nets["value"](batch.obs)
         fit = fitted(found, wanted, batch)
-        return Loss((*fit.terms, squared_errors(value, soft, batch.weight)), (0.5, 0.5), fit.metrics, fit.errors)
+        return Loss((*fit.terms, squared_errors(value, soft, batch)), (0.5, 0.5), fit.metrics, fit.errors)
 
 
 def fresh(actor: Any, obs: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor, Tensor]:

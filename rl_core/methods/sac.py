@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rl_core.checks import above, at_least, within
+from rl_core.exploration import cut
 from rl_core.families.offline import Draw, Learner, Stage, Transitions, backup, fitted, mean_of
 from rl_core.loss import Loss
 from rl_core.models.mlp import Critic, Sizes, Squashed, Temperature
@@ -87,7 +88,7 @@ class SAC:
 
     def explore(self, learner: Learner, obs: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         """The policy's own actions."""
-        return drawn(learner.nets["actor"], obs, draw)
+        return cut(*drawn(learner.nets["actor"], obs, draw))
 
     def critic(self, learner: Learner, batch: Transitions, draw: Draw) -> Loss:
         """Squared errors of both critics."""

@@ -1,19 +1,12 @@
-"""Perceptrons for control: actors, critics, and ensembles of them that run as one batched product. Actions are in [-1, 1].
-
-All weights are arrays with names: `exported` gives those of an actor, from which `act_exported` acts on NumPy alone.
-"""
+"""Perceptrons for control: actors, critics, and ensembles of them that run as one batched product. Actions are in [-1, 1]."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -177,24 +170,6 @@ def squashed_logp(before: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 def _uniform(*shape: int, fan: int) -> nn.Parameter:
     """PyTorch's own start of a linear layer with so many inputs."""
     return nn.Parameter(torch.empty(shape).uniform_(-(fan**-0.5), fan**-0.5))
-
-
-def exported(actor: nn.Module) -> dict[str, NDArray[np.float32]]:
-    """Weights of a policy as arrays: w0 (in, out), b0 (out,), w1, ... of its first member."""
-    body = actor.body
-    found = {}
-    for place, (weight, bias) in enumerate(zip(body.weights, body.biases, strict=True)):  # type: ignore[arg-type, union-attr]
-        found[f"w{place}"], found[f"b{place}"] = weight[0].detach().cpu().numpy(), bias[0, 0].detach().cpu().numpy()
-    return found
-
-
-def act_exported(arrays: Mapping[str, NDArray[Any]], obs: NDArray[Any]) -> NDArray[Any]:
-    """Outputs (n, outputs) of exported weights before tanh, on NumPy alone. obs (n, inputs)."""
-    layers: Sequence[int] = range(len(arrays) // 2)
-    for place in layers:
-        obs = obs @ arrays[f"w{place}"] + arrays[f"b{place}"]
-        obs = obs if place == len(layers) - 1 else np.maximum(obs, 0)
-    return obs
 
 
 class Temperature(nn.Module):

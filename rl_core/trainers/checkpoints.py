@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
+from bandits.durable import sync
 from ope.data import InputError
 from rl_core.config import to_table
 
 Rows = list[dict[str, float]]
 
-CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
+CHECKPOINT, METRICS, LOCK = "checkpoint.pt", "metrics.jsonl", "lock"
 
 
 def identity(method: Any, schedule: Any, **others: Any) -> dict[str, Any]:
@@ -44,8 +48,28 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     """All of it: `trainer`, `rows`, `about`, `asked`. Raises InputError where there is none."""
     if not (folder / CHECKPOINT).exists():
         raise InputError(f"{folder / CHECKPOINT}: found none; expected that of a run: propel rl train METHOD --out {folder}")
-    kept: dict[str, Any] = torch.load(folder / CHECKPOINT, weights_only=True, map_location="cpu")
+    try:
+        kept: dict[str, Any] = torch.load(folder / CHECKPOINT, weights_only=True, map_location="cpu")
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise InputError(
+            f"{folder / CHECKPOINT}: found a damaged file ({error}); expected a whole checkpoint: train anew"
+        ) from None
     return kept
+
+
+@contextmanager
+def alone(folder: Path | None) -> Iterator[None]:
+    """Nobody else writes to the folder meanwhile. Raises InputError where somebody does."""
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: found a run that is still going on there; expected nobody, or another folder") from None
+        yield
 
 
 def write_checkpoint(
@@ -64,11 +88,13 @@ def append_metrics(folder: Path | None, row: Mapping[str, float]) -> None:
 
 
 def save(path: Path, content: Any) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     torch.save(content, part)
+    sync(part)
     part.replace(path)
+    sync(path.parent)
 
 
 def _write_metrics(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
@@ -78,7 +104,9 @@ def _write_metrics(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any], where: str = "") -> set[str]:
-    """Dotted names of what is not the same."""
+    """Dotted names of what is not the same; of records of other kinds, their names alone."""
+    if one.get("name") != other.get("name"):
+        return {where.removesuffix(".") or "name"}
     found = set()
     for name in one.keys() | other.keys():
         a, b = one.get(name), other.get(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +25,7 @@ from rl_core.registry import family_of, named
 from rl_core.scaling import Scaling
 from rl_core.settings import read_tables
 from rl_core.trainers.captured import Captured
-from rl_core.trainers.checkpoints import Rows, append_metrics, identity, load_checkpoint, read_checkpoint, write_checkpoint
+from rl_core.trainers.checkpoints import Rows, alone, append_metrics, identity, load_checkpoint, read_checkpoint, write_checkpoint
 from rl_core.trainers.imitation import ImitationSchedule, ImitationTrainer, mixture_of
 from rl_core.trainers.offline import Act, Environment, OfflineSchedule, OfflineTrainer
 from rl_core.trainers.online import OnlineSchedule, OnlineTrainer, ReplaySchedule, ReplayTrainer, Running
@@ -35,6 +37,9 @@ Judge = Callable[[Policies], Mapping[str, float]]
 
 EVALUATIONS = 10
 """Of a run, where nothing else is said."""
+
+PIECE, KEPT = 1000, 120.0
+"""Steps after which progress is told, and seconds after which a run is kept: a killed one loses no more."""
 
 MIXED = 30_000
 """Added to a seed for the learners that episodes of an evaluation have."""
@@ -61,21 +66,44 @@ class Course:
         folder: Path | None = None,
         progress: Callable[[Mapping[str, float]], object] = lambda metrics: None,
     ) -> Rows:
-        """Steps to the end, from where the folder says it was; a row at every evaluation. A run that was killed goes on there."""
-        state, rows = read_checkpoint(folder, self.about, self.total)
-        if state is not None:
-            self.trainer.restore(state)
-        every = max(self.total // self.evaluations, 1)
-        while self.done() < self.total:
-            until = min((self.done() // every + 1) * every, self.total)
-            while self.done() < until:
-                self.stretch(until - self.done())
-            rows.append({**self.metrics(), "step": self.done(), **judge(self.policies)})
-            append_metrics(folder, rows[-1])
-            progress(rows[-1])
-            if folder is not None:
-                write_checkpoint(folder, self.trainer.state(), rows, self.about, self.total)
+        """Steps to the end, from where the folder says it was; a row at every evaluation.
+
+        A run that was killed goes on at its last evaluation, or a few minutes before where it was, to the bit. `progress` is told
+        of steps, too, between evaluations.
+
+        Raises InputError for a folder that another run writes to, and where a policy's return is not a finite number.
+        """
+        with alone(folder):
+            state, rows = read_checkpoint(folder, self.about, self.total)
+            if state is not None:
+                self.trainer.restore(state)
+            every = max(self.total // self.evaluations, 1)
+            while self.done() < self.total:
+                self._until(min((self.done() // every + 1) * every, self.total), folder, rows, progress)
+                rows.append({**self.metrics(), "step": self.done(), **judge(self.policies)})
+                if not math.isfinite(rows[-1].get("return", 0.0)):
+                    raise InputError(
+                        f"step {self.done()}: found a return of {rows[-1]['return']}; expected a number: the run has diverged. Try "
+                        "smaller learning rates or another reward_scale"
+                    )
+                append_metrics(folder, rows[-1])
+                progress(rows[-1])
+                self._keep(folder, rows)
         return rows
+
+    def _until(self, step: int, folder: Path | None, rows: Rows, progress: Callable[[Mapping[str, float]], object]) -> None:
+        """Go on to a step, kept every few minutes."""
+        kept = time.monotonic()
+        while self.done() < step:
+            self.stretch(min(step - self.done(), PIECE))
+            progress({"step": self.done()})
+            if time.monotonic() - kept > KEPT:
+                self._keep(folder, rows)
+                kept = time.monotonic()
+
+    def _keep(self, folder: Path | None, rows: Rows) -> None:
+        if folder is not None:
+            write_checkpoint(folder, self.trainer.state(), rows, self.about, self.total)
 
 
 def course(

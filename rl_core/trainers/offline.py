@@ -52,6 +52,7 @@ class OfflineSchedule:
         at_least(self, 1, "steps", "batch", "width", "layers")
         at_least(self, 0, "priority")
         above(self, 0, "reward_scale")
+        at_least(self, 0, "reward_scale")  # infinity is above 0
         within(self, 0, 1, "correction")
 
 
@@ -134,10 +135,11 @@ class OfflineTrainer:
         """Rows of a batch are drawn by these errors from now on. Raises InputError where the method has no critic."""
         if errors is None:
             raise InputError(f"priority: found {type(self.method).__name__}, which has no critic; expected 0")
+        found = (errors + LEAST_ERROR) ** self.schedule.priority
         if self.buffer.weight is None:
-            self.buffer.weigh(torch.ones(len(self.buffer)))
+            self.buffer.weigh(found.max().expand(len(self.buffer)))  # the largest so far, as of rows that come later
         assert batch.row is not None, "drawn from the buffer"
-        self.buffer.reweigh(batch.row, (errors + LEAST_ERROR) ** self.schedule.priority)
+        self.buffer.reweigh(batch.row, found)
 
     def metrics(self) -> dict[str, float]:
         """Means since they were last asked for; here alone a step waits for the device."""
@@ -167,6 +169,7 @@ class OfflineTrainer:
         self.scaling = Scaling(**state["scaling"])
         for stage, kept in zip(self.stages, state["stages"], strict=True):
             stage.restore(kept)
+        self.buffer.weight, self.buffer.mass = None, None
         if state["weight"] is not None:
             self.buffer.weigh(state["weight"])
         self.step, self.cpu_seconds = state["step"], state["cpu_seconds"]

@@ -32,6 +32,9 @@ from rl_core.models.policies import ChoicePolicy, NormalPolicy, StateValue
 from rl_core.scaling import STD_FLOOR, Scaling
 from rl_core.trainers.offline import Environment, OfflineSchedule, OfflineTrainer
 
+COLLECTING = 1
+"""Beside a seed: the stream of what is collected after a log."""
+
 UNIFORM = -1.0
 """Id of uniform actions; that of a policy is how many steps it had learned for."""
 
@@ -56,6 +59,7 @@ class OnlineSchedule:
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "horizon", "count", "width", "layers")
         above(self, 0, "reward_scale")
+        at_least(self, 0, "reward_scale")  # infinity is above 0
 
 
 @dataclass(frozen=True)
@@ -281,6 +285,8 @@ class OnlineTrainer:
         self.running = Running(**state["running"])
         self.scaling = self.running.scaling()
         self.earned, self.finished = state["earned"].numpy(), state["finished"]
+        if state["env"] is None:
+            self.earned = np.zeros_like(self.earned)  # fresh episodes have begun
         self.step, self.taken, self.cpu_seconds = state["step"], state["taken"], state["cpu_seconds"]
 
 
@@ -339,13 +345,18 @@ class ReplayTrainer:
         if data is None and schedule.learning.normalize:
             raise InputError("found normalize = true and no data; expected normalize = false, or data whose spread is known")
         self.method, self.env, self.schedule = method, env, schedule
-        self.chance = np.random.default_rng(schedule.learning.seed)
+        # a log of the pendulum is drawn from its seed alone: the same stream would begin with the same episodes
+        self.chance = np.random.default_rng(schedule.learning.seed if data is None else (schedule.learning.seed, COLLECTING))
         self.obs = env.reset(schedule.count, self.chance)
         self.started_from = len(data) if data is not None else 0
         start = self._warmed_up() if data is None else data
         if data is None and (schedule.offline_share or schedule.offline_steps):
             raise InputError("offline_share, offline_steps: found no data; expected some to learn from, or 0")
         apart = schedule.offline_share > 0
+        if apart and not 0 < round(schedule.offline_share * schedule.learning.batch) < schedule.learning.batch:
+            raise InputError(
+                f"offline_share: found {schedule.offline_share} of {schedule.learning.batch} rows; expected a row of either"
+            )
         room = len(start) if apart else max(schedule.capacity, len(start))
         self.learner = OfflineTrainer(method, start, schedule.learning, capacity=room, device=device)
         self.fresh = Buffer(schedule.capacity, *start.sizes, self.learner.device) if apart else None

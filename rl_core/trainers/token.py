@@ -36,7 +36,7 @@ from rl_core.models.lm import LM, Critic
 from rl_core.rewards import overlong_penalty
 from rl_core.rollout import CachedSampler, CausalModel, Replay, Rollouts, device_of, joined, token_logps
 from rl_core.tasks.addition import END, PAD
-from rl_core.trainers.checkpoints import Rows, append_metrics, identity, read_checkpoint, save, write_checkpoint
+from rl_core.trainers.checkpoints import Rows, alone, append_metrics, identity, read_checkpoint, save, write_checkpoint
 
 
 class Task(Protocol):
@@ -414,6 +414,11 @@ def run(
     (`kept`). A run that was killed goes on at its last evaluation, to the bit. Raises InputError for the folder of another run, and
     for a folder and several ranks: a checkpoint is of one process.
     """
+    with alone(folder):
+        return _run(trainer, folder, progress)
+
+
+def _run(trainer: Trainer, folder: Path | None, progress: Callable[[dict[str, float]], object]) -> Rows:
     if folder is not None and trainer.ranks.count > 1:
         raise InputError(
             f"found a folder and {trainer.ranks.count} ranks; expected no folder: each would write its own part of the weights"

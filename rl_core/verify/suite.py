@@ -75,7 +75,7 @@ def acceptance(arms: Arms, pairs: Sequence[int], names: Sequence[str]) -> list[M
             median = found[name, data]
             margins.append(
                 Margin(
-                    f"{name} on {data}: median score", f"{page:g} +- {apart}", f"{median:.1f}",
+                    f"{name} on {data}: median score", f"{min(scores) - apart:g} to {max(scores) + apart:g}", f"{median:.1f}",
                     min(scores) - apart <= median <= max(scores) + apart,
                 )
             )  # fmt: skip

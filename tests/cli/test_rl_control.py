@@ -12,9 +12,11 @@ import torch
 from typer.testing import CliRunner
 
 from propel import app
-from rl_core.envs.pendulum import Pendulum
-from rl_core.trainers.control import load_policy
-from rl_core.trainers.offline import returns
+from rl_core.envs.pendulum import Pendulum, dataset
+from rl_core.methods.td3_bc import TD3BC
+from rl_core.trainers.checkpoints import alone
+from rl_core.trainers.control import Course, load_policy, offline
+from rl_core.trainers.offline import OfflineSchedule, OfflineTrainer, returns
 from rl_core.verify.control import EPISODES
 
 RUNNER = CliRunner()
@@ -68,7 +70,8 @@ def test_a_run_goes_on_where_it_was_stopped(words: tuple[str, ...], tmp_path: Pa
         (["bc", "--data", "pend-exp10", "--steps", "0"], "steps: found 0; expected at least 1"),
         (["sac", "--env", "Chess-v0"], "Chess-v0"),
         (["sac", "--device", "tpu"], "--device: found tpu"),
-        (["grpo", "--data", "pend-exp10"], "expected neither: they are of control"),
+        (["sac", "--task", "addition"], "expected none: it is of language models"),
+        (["grpo", "--data", "pend-exp10"], "--data: found with a method to which it says nothing"),
         (["ControlPPO", "--data", "pend-exp10"], "ControlPPO learns from what it has just done itself"),
         (["dac"], "--data: found none; expected what the expert did"),
         (["bc", "--data", "pend-exp10", "--env", "CartPole-v1"], "--data: found sizes (3, 1); expected (4, 2)"),
@@ -121,3 +124,49 @@ def test_methods_that_imitate_are_compared(tmp_path: Path) -> None:
     for option, said in (("--env", "--env: found CartPole-v1"), ("--references", "--references: found CartPole-v1")):
         refused = RUNNER.invoke(app, [*words, *folders, option, "CartPole-v1"])
         assert (refused.exit_code, said in refused.stderr) == (2, True)
+
+
+def test_a_run_that_diverges_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rl_core.verify.control.returns", lambda act, env, episodes, rng: np.full(episodes, np.nan))
+    words = ["rl", "train", "bc", "--data", "pend-exp10", "--steps", "5", "--evaluations", "1", "--out", str(tmp_path / "out")]
+    result = RUNNER.invoke(app, words)
+    assert (result.exit_code, "step 5: found a return of nan" in result.stderr) == (2, True)
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    words = ["rl", "train", "bc", "--data", "pend-exp10", "--steps", "5", "--evaluations", "1", "--out", str(tmp_path / "out")]
+    with alone(tmp_path / "out"):
+        result = RUNNER.invoke(app, words)
+        assert (result.exit_code, "still going on there" in result.stderr.replace("\n", " ")) == (2, True)
+    assert RUNNER.invoke(app, words).exit_code == 0
+    result = RUNNER.invoke(app, ["rl", "train", "td3", *words[3:]])
+    assert result.exit_code == 2
+    assert "found a run of another method; expected" in result.stderr.replace("\n", " ")
+
+
+def test_a_run_is_kept_between_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the fourth of five pieces, with no evaluation yet: it goes on from the third, and ends as one that was not."""
+    monkeypatch.setattr("rl_core.trainers.control.PIECE", 4)
+    monkeypatch.setattr("rl_core.trainers.control.KEPT", 0.0)
+
+    def made() -> Course:
+        return offline(TD3BC(), dataset("pend-exp10", 0), OfflineSchedule(steps=20, batch=8, width=8), told={})
+
+    expected, real = made(), OfflineTrainer.advance
+    rows = expected.run(lambda policies: {})
+
+    def killed(self: OfflineTrainer, steps: int = 1) -> None:
+        if self.step == 12:
+            raise KeyboardInterrupt
+        real(self, steps)
+
+    monkeypatch.setattr(OfflineTrainer, "advance", killed)
+    with pytest.raises(KeyboardInterrupt):
+        made().run(lambda policies: {}, tmp_path)
+    monkeypatch.setattr(OfflineTrainer, "advance", real)
+    last = made()
+    found = last.run(lambda policies: {}, tmp_path)
+    assert [{**row, "cpu_seconds": 0} for row in found] == [{**row, "cpu_seconds": 0} for row in rows]
+    for one, other in zip(expected.trainer.nets.parameters(), last.trainer.nets.parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -81,7 +81,7 @@ def test_a_data_set_is_made_and_shown(made: Path, tmp_path: Path) -> None:
         (["compare", "--methods", ",", "--to", "x"], "--methods: found none; expected methods of one family"),
         (
             ["compare", "--methods", "GRPO", "--env", "pendulum", "--to", "x"],
-            "found --env or --references and methods of the token",
+            "--env: found pendulum and methods of the token family",
         ),
         (
             ["compare", "--methods", "TD3", "--task", "addition", "--to", "x"],

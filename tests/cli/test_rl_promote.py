@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from ope.data import InputError
 from propel import app
+from rl_core.data import write_parquet
 from rl_core.envs.pendulum import Mixed, Pendulum, dataset, expert
 from rl_core.fqe import FQE
 from rl_core.promotion import compared, starts, unsupported
@@ -30,7 +32,7 @@ width = 64
 batch = 64
 reward_scale = 0.1
 """
-FITS = ["--discount", "0.9", "--steps", "800", "--fits", "3", "--width", "32"]
+FITS = ["--discount", "0.9", "--steps", "800", "--fits", "5", "--width", "32"]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,54 @@ def test_the_better_policy_takes_the_place_of_the_other(runs: Path, tmp_path: Pa
     assert told["difference"] < 0
     np.testing.assert_array_equal(load_policy(serving)(obs), load_policy(runs / "long")(obs))  # as it was
     assert len((serving / "promotions.jsonl").read_text().splitlines()) == 1
+
+
+def test_what_speaks_against_the_numbers_stops_a_promotion(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Better beyond doubt, but for one reason each: values that rewards do not allow, too few backups, actions beyond the data."""
+    words = ("rl", "promote", str(runs / "long"), "--over", str(runs / "short"), "--data", "pend-eps60", "--seed", "1", "--json")
+    for discount, steps, share, said in (
+        ("0.9", "800", 0.2, "beyond the data"), ("0.99", "300", 0.0, "of the horizon"), ("0.9", "800", 0.0, "rewards do not allow")
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr("rl_core.promotion.unsupported", lambda policy, data, share=share: (share, share > 0.05))
+            patch.setattr("rl_core.fqe.FittedQ.impossible", lambda self, values, said=said: 0.5 * ("allow" in said))
+            patch.setattr("rl_core.fqe.FittedQ.values", better(runs))
+            options = ["--discount", discount, "--steps", steps, "--fits", "3", "--width", "8", "--to", str(tmp_path / "to")]
+            result = RUNNER.invoke(app, [*words, *options])
+        told = json.loads(result.stdout)
+        assert told["low"] > 0
+        assert (result.exit_code, told["promotes"]) == (1, False)
+        assert any(said in reason for reason in told["reasons"]), told["reasons"]
+    assert not (tmp_path / "to").exists()
+
+
+def better(runs: Path) -> Any:
+    """Values by which the run that has learned is better: 1 of it, 0 of others, a little off from fit to fit."""
+    obs = np.zeros((1, 3))
+    good = load_policy(runs / "long")(obs)
+
+    def values(self: Any, starts: torch.Tensor) -> np.ndarray[Any, Any]:
+        action = self.policy(torch.zeros(1, 3), None).numpy()
+        return np.full(len(starts), float(np.allclose(action, good)) * (1 + 0.01 * self.settings.seed))
+
+    return values
+
+
+def test_what_cannot_be_compared_is_refused(runs: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "checkpoint.pt").write_bytes((runs / "long" / "checkpoint.pt").read_bytes()[:100])
+    taught = ["--data", "pend-eps60"]  # of seed 0, as in training
+    other = tmp_path / "other.parquet"
+    write_parquet(other, replace(dataset("pend-rand", 0), obs=torch.zeros(20_000, 2), next_obs=torch.zeros(20_000, 2)))
+    for first, options, said in (
+        (runs / "long", taught, "found pend-eps60 of seed 0, which taught"),
+        (damaged, ["--data", "pend-rand"], "found a damaged file"),
+        (runs / "long", ["--data", str(other)], "candidate: found a policy of other observations than the data's 2"),
+    ):
+        result = RUNNER.invoke(app, ["rl", "promote", str(first), "--over", str(runs / "short"), *options])
+        assert result.exit_code == 2, (result.stdout, result.exception)
+        assert said in result.stderr.replace("\n", " ")
 
 
 def test_an_evaluation_of_a_run_is_that_of_its_policy(runs: Path) -> None:

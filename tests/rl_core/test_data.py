@@ -21,8 +21,7 @@ from ope.data import DataError, InputError
 from rl_core.data import read, remarks, write_parquet
 from rl_core.envs.pendulum import Pendulum, dataset, score
 from rl_core.exploration import log_density
-from rl_core.families.offline import Transitions
-from rl_core.methods.bc import numbered
+from rl_core.families.offline import Transitions, numbered
 from rl_core.recipes import PENDULUM, cheetah, make, uniform_rows
 from rl_core.trainers.online import UNIFORM
 

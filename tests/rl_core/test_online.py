@@ -331,7 +331,9 @@ def test_gymnasium_actions_reach_the_ends_and_cuts_are_no_ends() -> None:
     state, state_of_policy = trainer.state(), copy.deepcopy(trainer.policy.state_dict())
     trainer.advance()
     later = OnlineTrainer(ControlPPO(), GymEnv("Pendulum-v1", 1, max_episode_steps=5), OnlineSchedule(horizon=8, count=2, width=8))
-    later.restore(state)  # Gymnasium's environments cannot tell their state: fresh episodes begin
+    state["earned"] = torch.tensor([-600.0, -1.0])
+    later.restore(state)  # Gymnasium's environments cannot tell their state: fresh episodes begin, and have earned nothing
+    assert later.earned.tolist() == [0.0, 0.0]
     torch.testing.assert_close(later.policy.state_dict(), state_of_policy, rtol=0, atol=0)
     assert later.obs.shape == (2, 3)
     assert later.advance()["step"] == 1

@@ -94,6 +94,25 @@ def test_a_correction_of_1_at_the_end() -> None:
     torch.testing.assert_close(batch.weight, rarity / rarity.max())
 
 
+@pytest.mark.parametrize(
+    "method", [IQL(), AWAC(), CQL(samples=2), TD3(), SAC(), OffPolicyMDPO()], ids=lambda one: type(one).__name__
+)
+def test_a_row_without_weight_says_nothing_to_critics(method: Any) -> None:
+    """All terms that critics and values learn from: what half the rows earned is nothing to them where its weight is 0."""
+    trainer = OfflineTrainer(method, made(), SMALL)
+    whole = trainer.buffer.take(torch.arange(20))
+    half = (torch.arange(20) < 10).float()
+    stage = next(one.stage for one in trainer.stages if "critic" in one.stage.learns)
+
+    def terms(batch: Any) -> list[float]:
+        return [float(term.num.detach()) for term in stage.loss(trainer.learner, batch, Drawn(Generator().manual_seed(1))).terms]
+
+    weighed = terms(replace(whole, weight=half))
+    assert all(weighed)
+    assert terms(replace(whole, weight=half, reward=whole.reward + 100 * (1 - half))) == pytest.approx(weighed, rel=1e-6)
+    assert terms(replace(whole, weight=0 * half)) == [0.0] * len(weighed)
+
+
 @pytest.mark.parametrize("method", [*EXPLORING.values(), OffPolicyMDPO()], ids=lambda one: type(one).__name__)
 def test_every_critic_says_its_errors(method: Any) -> None:
     trainer = OfflineTrainer(method, made(), replace(SMALL, priority=0.6))
@@ -107,10 +126,22 @@ def test_a_prioritised_run_goes_on_to_the_bit() -> None:
     whole, parts, again = (OfflineTrainer(TD3BC(), made(), replace(SMALL, priority=0.6)) for _ in range(3))
     whole.advance(12)
     parts.advance(5)
+    fresh = again.state()
     again.restore(parts.state())
     again.advance(7)
     for one, other in zip(whole.nets.parameters(), again.nets.parameters(), strict=True):
         assert torch.equal(one, other)
+    again.restore(fresh)
+    assert again.buffer.weight is None
+
+
+def test_what_was_never_drawn_is_drawn_as_often_as_what_was_most_wrong() -> None:
+    trainer = OfflineTrainer(SAC(), made(), replace(SMALL, batch=8, priority=1.0, reward_scale=10.0))
+    trainer.advance(1)
+    weight = trainer.buffer.weights()
+    assert weight is not None
+    assert int((weight == weight.max()).sum()) >= 192
+    assert float(weight.max()) > 2  # in the scale of errors, not 1
 
 
 @pytest.mark.parametrize("name", EXPLORING)
@@ -193,9 +224,11 @@ def test_what_cannot_be_is_refused() -> None:
         ReplayTrainer(TD3(), Pendulum(), ReplaySchedule(replace(SMALL, normalize=False), warmup=10, offline_share=0.5))
     with pytest.raises(InputError, match="one of the two"):
         ReplaySchedule(replace(SMALL, priority=0.6), offline_share=0.5)
+    with pytest.raises(InputError, match="expected a row of either"):
+        ReplayTrainer(TD3(), Pendulum(), ReplaySchedule(SMALL, offline_share=0.01), data=data)
     with pytest.raises(InputError, match="expected below 1"):
         ReplaySchedule(SMALL, offline_share=1.0)
-    for name, value in (("priority", -1.0), ("correction", 1.5), ("reward_scale", 0.0)):
+    for name, value in (("priority", -1.0), ("correction", 1.5), ("reward_scale", 0.0), ("reward_scale", np.inf)):
         with pytest.raises(InputError, match=name):
             replace(SMALL, **{name: value})
     with pytest.raises(InputError, match="PRDC does not learn from replay"):
