@@ -50,7 +50,7 @@ def compare(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Control: rows of a step, from a log or from replay.")] = 128,
     env: Annotated[str | None, typer.Option("--env", help="Offline: where policies from files are judged.")] = None,
     references: Annotated[
-        str | None, typer.Option("--references", help="Control: returns of score 0 and 100 there, LOW,HIGH.")
+        str | None, typer.Option("--references", help="Control: returns of score 0 and 100 there: LOW,HIGH, or D4RL's by name.")
     ] = None,
     folder: Annotated[Path, typer.Option("--folder", help="Where finished runs are kept, and read from.")] = Path(".verify/rl"),
     as_json: AsJsonObject = False,

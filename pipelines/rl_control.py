@@ -14,6 +14,7 @@ from ope.data import InputError
 from pipelines.charts import Spec, learning
 from rl_core.aggregate import interquartile_mean, stratified_interval
 from rl_core.envs.pendulum import EXPERT, RANDOM, SETS
+from rl_core.scores import REFERENCES
 from rl_core.trainers.checkpoints import Rows
 from rl_core.trainers.offline import OfflineSchedule
 from rl_core.verify import imitation
@@ -74,7 +75,7 @@ class Asked:
             if self.env != PENDULUM and self.references is None:
                 raise InputError(
                     f"--references: found none; expected returns of score 0 and 100 in {self.env}, such as a random policy's and "
-                    "the best known: --references=-280,12135 are D4RL's of HalfCheetah, for the physics of its time"
+                    "the best known: --references halfcheetah are D4RL's, for the physics of its time"
                 )
             found, env = transitions(one, 0).sizes, environment(self.env)
             if found != (env.obs_size, env.action_size):
@@ -136,15 +137,18 @@ class AskedImitation:
 
 
 def referenced(text: str | None) -> tuple[float, float] | None:
-    """`LOW,HIGH`. Raises InputError."""
-    if text is None:
-        return None
+    """`LOW,HIGH`, or D4RL's by the name of its environment. Raises InputError."""
+    if text is None or text in REFERENCES:
+        return None if text is None else REFERENCES[text]
     try:
         low, high = (float(one) for one in text.split(","))
     except ValueError:
         low = high = 0.0
     if not low < high:
-        raise InputError(f"--references: found {text!r}; expected two returns, the lower first, such as -1207,-153")
+        raise InputError(
+            f"--references: found {text!r}; expected two returns, the lower first, such as -1207,-153, or "
+            f"D4RL's of {', '.join(REFERENCES)}"
+        )
     return low, high
 
 

@@ -194,3 +194,10 @@ def test_an_arm_is_another_one_by_the_content_of_its_file(tmp_path: Path) -> Non
     assert keys[0] == keys[1] != keys[2]
     assert OfflineArm(IQL(), "pend-exp10", schedule).key() not in keys
     assert OfflineArm(IQL(), str(tmp_path / "a.parquet"), schedule, "Pendulum-v1", (0, 1)).key() not in keys
+
+
+def test_references_are_two_returns_or_those_of_d4rl() -> None:
+    assert referenced(None) is None
+    assert referenced("-286,5159") == (-286.0, 5159.0)
+    low, high = referenced("halfcheetah") or (0, 0)
+    assert 100 * (5000 - low) / (high - low) == pytest.approx(42.53, abs=1e-4)  # offline_common, invariant 1
