@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -116,3 +117,17 @@ def flat(tensors: Any) -> Tensor:
 
 def trainer(method: OfflineMethod, **settings: Any) -> OfflineTrainer:
     return OfflineTrainer(method, made(), replace(SCHEDULE, **settings))
+
+
+def best(value: Callable[[], Tensor], *given: Tensor) -> None:
+    """Move what is given to where a value is largest."""
+    settings: dict[str, Any] = {"max_iter": 300, "tolerance_grad": 1e-12, "tolerance_change": 1e-16}
+    optimizer = torch.optim.LBFGS(given, line_search_fn="strong_wolfe", **settings)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = -value()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)

@@ -17,16 +17,18 @@ from ope.data import InputError
 from ope.primitives.divergences import kl
 from ope.primitives.weights import effective_sample_size
 from rl_core.buffers import Buffer
-from rl_core.families.imitation import JensenShannon, ReverseKL, Wasserstein
-from rl_core.families.offline import Transitions
+from rl_core.envs.pendulum import Pendulum
+from rl_core.families.imitation import JensenShannon, Plan, ReverseKL, Wasserstein
+from rl_core.families.offline import Transitions, joined
 from rl_core.loss import total
 from rl_core.methods.ailboost import AILBoost
 from rl_core.methods.dac import DAC
 from rl_core.mixture import appended, boosted, largest, per_episode, per_step
 from rl_core.models.discriminator import Discriminator, slope_penalty
 from rl_core.models.mlp import Deterministic, Sizes
-from rl_core.trainers.imitation import judge_loss, mixture_of, row_weights
+from rl_core.trainers.imitation import ImitationSchedule, ImitationTrainer, judge_loss, mixture_of, row_weights
 from rl_core.verify import boosting
+from tests.rl_core.offline_methods import best
 
 torch.set_num_threads(1)
 close = partial(np.testing.assert_allclose, rtol=0, atol=1e-6)
@@ -171,34 +173,121 @@ def test_a_bounded_judge_stops_at_one(bounded: bool) -> None:
         close(found, [size, 0.0, -size], atol=0.05)
 
 
-def test_who_is_the_expert_earns_nothing() -> None:
+@pytest.mark.parametrize("bounded", [True, False])
+@pytest.mark.parametrize("method", [AILBoost(penalty=0.0), DAC(penalty=0.0)], ids=["AILBoost", "DAC"])
+def test_who_is_the_expert_earns_nothing_from_a_judge_at_its_best(method: Any, bounded: bool) -> None:
+    torch.manual_seed(0)
+    judge = Discriminator(Sizes(3, 1, 16, 1), bounded=bounded).double()
+    points, nothing = torch.eye(3, dtype=torch.float64), torch.zeros(10, 1, dtype=torch.float64)
+    side, share = (points[table(EXPERT)], nothing), torch.full((10,), 0.5, dtype=torch.float64)
+    assert judge(points, nothing[:3]).abs().max() > 0.05
+    best(lambda: total(judge_loss(method, judge, side, side, share)), *judge.parameters())
+    close(method.reward(judge(points, nothing[:3])).detach(), np.zeros(3))
+    assert torch.equal(method.reward(double([-1.0, 0.0, 0.7])), double([-1.0, 0.0, 0.7]))
+
+
+def test_a_learner_who_is_the_expert_stays_where_it_is() -> None:
     worlds = boosting.Worlds.of(3)
-    judge = np.log(worlds.expert / worlds.expert)
-    assert not judge.any()
-    uniform = np.full_like(worlds.expert, 1 / boosting.CHOICES)
-    close(worlds.values(uniform, judge), np.zeros_like(judge), atol=0)
-    nothing = double([0.0, 0.0, 0.0]).requires_grad_()
-    for divergence in (ReverseKL(), JensenShannon()):
-        value = total(divergence.objective(nothing[table(EXPERT)], nothing[table(EXPERT)]))
-        close(torch.autograd.grad(value, nothing)[0], np.zeros(3), atol=1e-15)
-    for method in (AILBoost(), DAC()):
-        assert torch.equal(method.reward(double([-1.0, 0.0, 0.7])), double([-1.0, 0.0, 0.7]))
+    start = worlds.occupancy(np.full_like(worlds.expert, 1 / boosting.CHOICES))
+    for weighting in ("boosted", "alike"):
+        reached = boosting.learned(replace(worlds, expert=start), weighting, rounds=5)  # type: ignore[arg-type]
+        away = boosting.learned(worlds, weighting, rounds=5)  # type: ignore[arg-type]
+        for one in (reached.mixture, reached.last, reached.apart):
+            close(one, np.zeros(3), atol=1e-12)
+        assert min(away.mixture.min(), away.last.min()) > 0.01
 
 
 # 6: a step of the mixture
 
 
-def test_a_step_descends_where_the_learner_is_above_the_mixture() -> None:
-    rng, size, signs = np.random.default_rng(0), 1e-6, set()
-    for _ in range(20):
-        expert, mixture, new = rng.dirichlet(np.ones(6), 3)
-        judge = np.log(expert / mixture)
-        ahead, behind = (float(kl((1 - alpha) * mixture + alpha * new, expert)) for alpha in (size, -size))
-        slope, edge = (ahead - behind) / (2 * size), float((new - mixture) @ judge)
-        close(slope, -edge, atol=1e-6)
-        assert (ahead < float(kl(mixture, expert))) == (edge > 0)
-        signs.add(edge > 0)
-    assert signs == {True, False}
+class Opinion(nn.Module):
+    """A judge of three points."""
+
+    def __init__(self, says: Tensor) -> None:
+        super().__init__()
+        self.says = says
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        return obs.double() @ self.says
+
+
+def seen(points: Tensor, who: int) -> Transitions:
+    """Rows of a learner, each at one of three points."""
+    obs, nothing = torch.eye(3)[points], torch.zeros(len(points))
+    return Transitions(obs, nothing[:, None], nothing, obs, nothing, nothing, nothing, torch.full_like(nothing, float(who)))
+
+
+def of_two(method: AILBoost) -> ImitationTrainer:
+    """A trainer after two rounds: the second learner has twice the rows of the first and a third of its weight."""
+    schedule = ImitationSchedule(steps=10, seed_steps=1, batch=2, width=4, layers=1, judge_width=4, judge_layers=1)
+    made = ImitationTrainer(method, Pendulum(), seen(table(EXPERT), 0), schedule)
+    rows = joined([seen(table(POLICY), 1), seen(table([0.6, 0.2, 0.2]).repeat(2), 2)])
+    made.mixed = Buffer(len(rows), 3, 1)
+    made.mixed.add(rows)
+    made.actors, made.ids, made.weights, made.rounds = actors(2), [1, 2], double([0.75, 0.25]), 2
+    return made
+
+
+def occupied(made: ImitationTrainer) -> Tensor:
+    """(3,) where the mixture is that a trainer holds, by its rows and their weights."""
+    rows = made.mixed.all()
+    assert rows.policy is not None
+    return row_weights(rows.policy, made.ids, made.weights) @ rows.obs.double()
+
+
+@pytest.mark.parametrize(
+    "new", [[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.3, 0.3, 0.4], [0.0, 1.0, 0.0], [0.0, 0.4, 0.6], [0.3, 0.2, 0.5]]
+)
+def test_a_round_descends_where_its_learner_is_above_the_mixture(new: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The difference of KL over α, for α of 1e-6, is the mean of the best D over the mixture less that over the learner."""
+    plan = Plan(judge_steps=0, samples=10, rolls=1)
+    mixture, expert, size = double([0.3, 0.275, 0.425]), double(EXPERT), 1e-6
+    says = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    drawn = torch.repeat_interleave(torch.arange(3), (1000 * mixture).round().long())
+    best(lambda: total(AILBoost().objective(says[table(EXPERT)], says[drawn])), says)
+    close(says.detach(), (expert / mixture).log())
+    for negative in ("keep", "skip"):
+        made = of_two(AILBoost(alpha=size, plan=plan, negative=negative))  # type: ignore[arg-type]
+        made.judge = Opinion(says.detach())  # type: ignore[assignment]
+        monkeypatch.setattr(made, "roll", lambda actor, who: seen(table(new), who))
+        close(occupied(made), mixture, atol=1e-12)
+        made.close()
+        change, edge = float(kl(occupied(made), expert) - kl(mixture, expert)) / size, made.told["edge"]
+        close(edge, float((double(new) - mixture) @ says.detach()), atol=1e-9)
+        assert abs(edge) > 0.01
+        if negative == "keep" or edge > 0:
+            close(change, -edge, atol=1e-5)
+            assert made.ids == [1, 2, 3]
+        else:
+            close(change, 0.0, atol=1e-8)
+            assert made.ids == [1, 2]
+
+
+def test_where_the_mixture_is_the_expert_no_learner_is_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = of_two(AILBoost(plan=Plan(judge_steps=0, samples=10, rolls=1), negative="skip"))
+    mixture, says = occupied(made), torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    drawn = torch.repeat_interleave(torch.arange(3), (1000 * mixture).round().long())
+    best(lambda: total(AILBoost().objective(says[drawn], says[drawn])), says)
+    close(says.detach(), np.zeros(3), atol=1e-8)
+    made.judge = Opinion(says.detach())  # type: ignore[assignment]
+    for new in ([1.0, 0.0, 0.0], [0.0, 0.0, 1.0]):
+        monkeypatch.setattr(made, "roll", lambda actor, who, new=new: seen(table(new), who))
+        made.close()
+        close(made.told["edge"], 0.0, atol=1e-8)
+
+
+def test_the_experiments_first_small_step_has_the_slope_of_its_learners_edge() -> None:
+    worlds, size = boosting.Worlds.of(5), 1e-6
+    policy = np.full_like(worlds.expert, 1 / boosting.CHOICES)
+    start = worlds.occupancy(policy)
+    says = np.log(worlds.expert / start)
+    bounded = says.clip(-boosting.BOUND, boosting.BOUND)
+    new = worlds.occupancy(boosting.softmax(boosting.STEP * worlds.values(policy, bounded)))
+    ended = boosting.learned(worlds, "boosted", rounds=1, alpha=size)
+    slope = (ended.mixture - kl(start.reshape(5, -1), worlds.expert.reshape(5, -1))) / size
+    edge = ((new - start) * says).sum(axis=(1, 2))
+    close(slope, -edge, atol=1e-5)
+    assert edge.min() > 0.01
 
 
 # 7: rows by weight

@@ -31,6 +31,7 @@ from rl_core.models.mlp import Sizes, squashed_logp
 from rl_core.trainers.offline import OfflineSchedule, OfflineTrainer
 from rl_core.trainers.online import OnlineSchedule, OnlineTrainer, ReplaySchedule, ReplayTrainer
 from rl_core.verify import mirror
+from tests.rl_core.offline_methods import best
 from tests.rl_core.test_control_common import again, transitions
 from tests.rl_core.test_online import replay_trainer, replayed, round_trip, same, solved
 
@@ -202,6 +203,60 @@ def test_the_best_of_choices_in_closed_form(entropy: float) -> None:
     new = torch.softmax(logits, 0)
     value = (new * (q - coef * new.log() - (entropy - coef) * old.log())).sum()
     close(torch.autograd.grad(value, logits)[0], np.zeros(3), atol=1e-10)
+
+
+@pytest.mark.parametrize(("step", "progress", "size"), [(1.0, 0.0, 1.0), (1.0, 0.75, 0.25), (3.0, 0.5, 1.5), (0.1, 0.0, 0.1)])
+def test_the_best_table_for_the_methods_own_loss_is_the_closed_form(step: float, progress: float, size: float) -> None:
+    """Each of 4 choices in 3 contexts is one row, its advantage times 4 chances: means over the 12 rows are expectations."""
+    rng = np.random.default_rng(2)
+    chances, advantage = double(rng.dirichlet(np.ones(4), 3)), double(rng.normal(size=(3, 4)))
+    old, action = Categorical(chances.log().repeat_interleave(4, 0)), torch.eye(4, dtype=torch.float64).repeat(3, 1)
+    nothing = torch.zeros(12, dtype=torch.float64)
+    weighed = (4 * chances * advantage).flatten()
+    batch = CreditedRows(nothing[:, None], action, old.logp(action), weighed, nothing, nothing)
+    logits = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
+    method = MDPO(step=step)
+    best(lambda: total(method.policy_loss(batch, Categorical(logits.repeat_interleave(4, 0)), old, progress)), logits)
+    found, wanted = torch.softmax(logits.detach(), -1), mirror_step(chances, advantage, size)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    assert (found - chances).abs().max() > 0.01
+
+
+class Ends(nn.Module):
+    """A squashed normal, the same everywhere."""
+
+    def __init__(self, mean: float, log_std: float) -> None:
+        super().__init__()
+        self.mean, self.log_std = (nn.Parameter(double([one])) for one in (mean, log_std))
+
+    def ends(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mean.expand(len(obs), 1), self.log_std.expand(len(obs), 1)
+
+
+@pytest.mark.parametrize("coef", [0.5, 2.0])
+def test_the_best_normal_for_the_replayed_loss_is_the_closed_form(coef: float) -> None:
+    """Q = 1.2u - 0.4u² of u before tanh makes π_k·exp(tQ)/Z a squashed normal, and noise of ±1 makes means exact."""
+    method = OffPolicyMDPO(kl_coef=coef, entropy_coef=0.0, penalty=0.0)
+    old, new = Ends(-0.3, -0.6), Ends(0.4, 0.1)
+
+    class Quadratic:
+        def first(self, obs: Tensor, action: Tensor) -> Tensor:
+            before = torch.atanh(action[:, 0])
+            return 1.2 * before - 0.4 * before**2
+
+    class Both:
+        def normal(self, *shape: int) -> Tensor:
+            assert shape == (2, 1)
+            return double([[1.0], [-1.0]])
+
+        uniform = normal
+
+    batch = transitions(2)
+    parts = Learner({"actor": new, "critic": Quadratic()}, {"actor": old})
+    best(lambda: total(method.actor(parts, batch, Both())), *new.parameters())
+    precision = math.exp(1.2) + 0.8 / coef
+    close(new.mean.detach(), (-0.3 * math.exp(1.2) + 1.2 / coef) / precision)
+    close(new.log_std.detach(), -0.5 * math.log(precision))
 
 
 def test_penalty_and_values() -> None:

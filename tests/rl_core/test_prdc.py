@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +13,15 @@ from torch import Generator, Tensor
 
 from ope.data import InputError
 from rl_core.envs.pendulum import Pendulum, dataset, uniform
-from rl_core.families.offline import Transitions
+from rl_core.families.offline import Learner, Transitions
 from rl_core.loss import total
 from rl_core.methods.prdc import PRDC
 from rl_core.methods.td3 import TD3
 from rl_core.methods.td3_bc import TD3BC
 from rl_core.scaling import Scaling
-from rl_core.support import Lists, Tiles, Tree, nearest_pairs, overlap
+from rl_core.support import Lists, NearestPairs, Tiles, Tree, nearest_pairs, overlap
 from rl_core.trainers.offline import OfflineSchedule, OfflineTrainer, recorded
+from tests.rl_core.offline_methods import Seeded, as_double
 
 SMALL = OfflineSchedule(steps=10, batch=64, width=16, reward_scale=0.1)
 
@@ -102,21 +105,66 @@ def test_4_logged_pairs_are_at_distance_nothing_and_distances_are_lipschitz() ->
     assert ((support.distance(obs, action) - support.distance(other, another)).abs() <= apart + 1e-12).all()
 
 
-def test_5_the_gradient_of_the_regulariser_is_twice_the_gap() -> None:
-    data = random_data()
-    support = nearest_pairs(data.obs.double(), data.action.double(), 2.0)
-    obs = data.obs[:50].double()
-    action = (0.5 * torch.rand(50, 2, generator=Generator().manual_seed(2), dtype=torch.float64)).requires_grad_()
+class Alike:
+    """A critic of whom every action is worth the same."""
 
-    def penalty(asked: Tensor) -> Tensor:
-        return ((asked - support.project(obs, asked.detach())) ** 2).mean()
+    def first(self, obs: Tensor, action: Tensor) -> Tensor:
+        return torch.ones(len(obs), dtype=action.dtype)
 
-    (gradient,) = torch.autograd.grad(penalty(action), action)
-    torch.testing.assert_close(gradient, 2 * (action.detach() - support.project(obs, action.detach())) / (50 * 2))
-    step = 1e-6 * torch.ones_like(action)
+
+def regulariser(method: PRDC) -> tuple[Callable[[Tensor], Tensor], NearestPairs, Transitions, Tensor]:
+    """The method's actor loss without values, to be minimised, of actions in 50 rows; its support; those rows; some actions."""
+    method, data = replace(method, alpha=0.0), as_double(random_data())
+    batch, support = data.rows(slice(50)), method.prepare(data)
+    action = torch.rand(50, 2, generator=Generator().manual_seed(2), dtype=torch.float64) - 0.5
+
+    def loss(action: Tensor) -> Tensor:
+        parts = Learner({"actor": lambda obs: action, "critic": Alike()}, {}, support)
+        return -total(method.actor(parts, batch, Seeded()))
+
+    return loss, support, batch, action.requires_grad_()
+
+
+def slopes_along(loss: Callable[[Tensor], Tensor], at: Tensor, directions: Tensor, size: float = 1e-6) -> Tensor:
+    """Central differences of a loss of actions along some directions."""
     with torch.no_grad():
-        central = (penalty(action + step) - penalty(action - step)) / 2e-6
-    assert central == pytest.approx(float(gradient.sum()), rel=1e-4)
+        return torch.stack([(loss(at + size * one) - loss(at - size * one)) / (2 * size) for one in directions])
+
+
+def directions_of(action: Tensor) -> Tensor:
+    """Some 20 in which all actions move, and 10 in which one number of one row does."""
+    mixed = torch.randn(20, *action.shape, generator=Generator().manual_seed(4), dtype=torch.float64)
+    alone = torch.eye(action.numel(), dtype=torch.float64)[::10].reshape(-1, *action.shape)
+    return torch.cat((mixed, alone))
+
+
+@pytest.mark.parametrize("norm", ["squared", "l2"])
+def test_5_the_gradient_of_the_methods_own_loss_is_that_to_a_fixed_pair(norm: Any) -> None:
+    loss, support, batch, action = regulariser(PRDC(norm=norm))
+    (gradient,) = torch.autograd.grad(loss(action), action)
+    asked, directions = action.detach(), directions_of(action)
+    apart = torch.cdist(torch.cat((2 * batch.obs, asked), dim=1), support.points)
+    nearest = support.points[apart.argmin(dim=1)]
+    gap = asked - nearest[:, 3:]
+    wanted = 2 * gap / (50 * 2) if norm == "squared" else gap / (50 * apart.min(dim=1).values[:, None])
+    torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-12)
+    assert (nearest[:, :3] != 2 * batch.obs).any(dim=1).float().mean() > 0.2  # of other rows, which TD3+BC would not look at
+    for one in directions:
+        for moved in (asked + 1e-6 * one, asked - 1e-6 * one):
+            assert torch.equal(support.nearest(batch.obs, moved), nearest)
+    torch.testing.assert_close(slopes_along(loss, asked, directions), (directions * gradient).sum(dim=(1, 2)), rtol=1e-6, atol=1e-9)
+
+
+def test_5_no_gradient_goes_through_the_search() -> None:
+    """A kernel's mean moves with the action: the loss holds it fixed, which is not the slope of the loss as a whole."""
+    loss, support, batch, action = regulariser(PRDC(bandwidth=0.3))
+    (gradient,) = torch.autograd.grad(loss(action), action)
+    asked, directions = action.detach(), directions_of(action)
+    apart = torch.cdist(torch.cat((2 * batch.obs, asked), dim=1), support.points)
+    mean = torch.softmax(-(apart**2) / (2 * 0.3**2), dim=1) @ support.points[:, 3:]
+    torch.testing.assert_close(gradient, 2 * (asked - mean) / (50 * 2), rtol=1e-9, atol=1e-12)
+    found, whole = (directions * gradient).sum(dim=(1, 2)), slopes_along(loss, asked, directions)
+    assert (found - whole).abs().max() > 0.05 * found.abs().max()
 
 
 @pytest.mark.parametrize("scaled", [0.01, 100.0])
