@@ -45,7 +45,9 @@ def compare(
             "--steps", min=1, help="Steps of a run: 160; offline 6,000; online 20,000 and imitation 30,000, of the environment."
         ),
     ] = None,
-    sync: Annotated[int, typer.Option("--sync-interval", min=1, help="Steps until the sampler is refreshed.")] = 1,
+    sync: Annotated[
+        int | None, typer.Option("--sync-interval", min=1, help="Of language models: steps until the sampler is refreshed; 1.")
+    ] = None,
     width: Annotated[int, typer.Option("--width", min=1, help="Control: of two hidden layers.")] = 64,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Control: rows of a step, from a log or from replay.")] = 128,
     env: Annotated[str | None, typer.Option("--env", help="Offline: where policies from files are judged.")] = None,
@@ -74,6 +76,8 @@ def compare(
         family = _family(asked)
         if family != "offline" and env is not None:
             raise InputError(f"--env: found {env} and methods of the {family} family; expected none: files alone need it")
+        if family != "token" and sync is not None:
+            raise InputError(f"--sync-interval: found {sync} and methods of the {family} family; expected none")
         if family in ("token", "imitation") and references is not None:
             raise InputError(f"--references: found {references} and methods of the {family} family; expected none")
         if family == "imitation":
@@ -99,7 +103,7 @@ def compare(
             table, spec = compared(wanted, folder, tell)
         else:
             table, spec = _tokens(
-                asked, "addition" if task is None else task, seeds, 160 if steps is None else steps, sync, folder, tell
+                asked, "addition" if task is None else task, seeds, 160 if steps is None else steps, sync or 1, folder, tell
             )
         to.mkdir(parents=True, exist_ok=True)
         (to / "compare.svg").write_text(drawn({"learning": spec})["learning"])

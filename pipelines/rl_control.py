@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,6 +62,8 @@ class Asked:
 
     def check(self) -> None:
         """Raises InputError for data that are not there, or not of the environment; before anything is trained."""
+        if self.env is not None and all(one in SETS for one in self.data):
+            raise InputError(f"--env: found {self.env} and sets of the pendulum alone; expected none, or a file of transitions")
         if not self.data:
             raise InputError(f"--task: found no data; expected some of {', '.join(SETS)}, or a file of transitions and --env")
         for one in self.data:
@@ -144,7 +147,7 @@ def referenced(text: str | None) -> tuple[float, float] | None:
         low, high = (float(one) for one in text.split(","))
     except ValueError:
         low = high = 0.0
-    if not low < high:
+    if not -math.inf < low < high < math.inf:
         raise InputError(
             f"--references: found {text!r}; expected two returns, the lower first, such as -1207,-153, or "
             f"D4RL's of {', '.join(REFERENCES)}"

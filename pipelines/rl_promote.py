@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,17 +47,20 @@ def promote(
     with bad_input("rl,jobs"):
         from rl_core.fqe import FQE
         from rl_core.promotion import compared
+        from rl_core.trainers.checkpoints import alone, load_checkpoint
         from rl_core.verify.control import transitions
 
-        held_out, settings = transitions(data, seed), FQE(discount=discount, steps=steps, width=width, seed=seed)
-        policies = [deterministic(folder) for folder in (candidate, over)]
-        for folder in (candidate, over):
-            untaught(folder, data, seed)
-        with progress("Fitting") as advance:
-            verdict = compared(policies[0], policies[1], held_out, settings, fits=fits, level=level, progress=advance)
-        told = {"candidate": str(candidate), "over": str(over), "data": data, "discount": discount, **described(verdict)}
-        if verdict.promotes and to is not None:
-            install(candidate, to, told)
+        with alone(to):  # nobody trains there, or promotes, while this is decided
+            held_out, settings = transitions(data, seed), FQE(discount=discount, steps=steps, width=width, seed=seed)
+            kept = {folder: load_checkpoint(folder) for folder in (candidate, over)}  # read once: this is judged, and installed
+            policies = [deterministic(folder, content) for folder, content in kept.items()]
+            for folder, content in kept.items():
+                untaught(folder, content["about"], data, seed)
+            with progress("Fitting") as advance:
+                verdict = compared(policies[0], policies[-1], held_out, settings, fits=fits, level=level, progress=advance)
+            told = {"candidate": str(candidate), "over": str(over), "data": data, "discount": discount, **described(verdict)}
+            if verdict.promotes and to is not None:
+                install(kept[candidate], to, told)
     if as_json:
         typer.echo(json.dumps(told, indent=2))
     else:
@@ -71,28 +75,30 @@ def promote(
     raise typer.Exit(0 if verdict.promotes else REFUSED)
 
 
-def deterministic(folder: Path) -> Act:
+def deterministic(folder: Path, kept: Mapping[str, Any]) -> Act:
     """The policy of a run. Raises InputError for a mixture, which no single action at an observation stands for."""
     from ope.data import InputError
-    from rl_core.trainers.control import load_policy
+    from rl_core.trainers.control import policy_of
     from rl_core.trainers.imitation import MixturePolicy
 
-    found = load_policy(folder)
+    found = policy_of(kept)
     if isinstance(found, MixturePolicy):
         raise InputError(f"{folder}: found a mixture, of which each episode has one learner; expected a policy of observations")
     return found
 
 
-def untaught(folder: Path, data: str, seed: int) -> None:
-    """Raises InputError where these transitions taught the policy: they would flatter it."""
+def untaught(folder: Path, about: Mapping[str, Any], data: str, seed: int) -> None:
+    """Raises InputError where these transitions taught the policy: they would flatter it.
+
+    Sets of the pendulum of one seed share episodes; of files, the same bytes are the same, and nothing else is seen.
+    """
     from ope.data import InputError
     from rl_core.envs.pendulum import SETS
-    from rl_core.trainers.checkpoints import load_checkpoint
     from rl_core.verify.control import content_of
 
-    about = load_checkpoint(folder)["about"]
-    same = about.get("data") == (data if data in SETS else content_of(data))
-    if same and (data not in SETS or about["schedule"]["seed"] == seed):
+    taught = about.get("data")
+    same = taught in SETS and about["schedule"]["seed"] == seed if data in SETS else taught == content_of(data)
+    if same:
         drawn = f" of seed {seed}" if data in SETS else ""
         raise InputError(f"--data: found {data}{drawn}, which taught {folder}; expected episodes that it has not seen")
 
@@ -106,12 +112,12 @@ def described(verdict: Verdict) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def install(candidate: Path, to: Path, told: dict[str, Any]) -> None:
-    """The checkpoint with what it came in by, whole or not at all; then a line in the history."""
-    from rl_core.trainers.checkpoints import CHECKPOINT, alone, load_checkpoint, save
+def install(kept: Mapping[str, Any], to: Path, told: dict[str, Any]) -> None:
+    """The checkpoint with what it came in by, whole or not at all; then its metrics, and a line in the history."""
+    from rl_core.trainers.checkpoints import CHECKPOINT, save, write_metrics
 
     record = told | {"at": datetime.now(UTC).isoformat(timespec="seconds")}
-    with alone(to):
-        save(to / CHECKPOINT, load_checkpoint(candidate) | {"promotion": record})
-        with (to / HISTORY).open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    save(to / CHECKPOINT, dict(kept) | {"promotion": record})
+    write_metrics(to, kept["rows"])
+    with (to / HISTORY).open("a") as file:
+        file.write(json.dumps(record) + "\n")

@@ -155,10 +155,12 @@ def _train_control(
     from functools import partial
 
     from rl_core.envs.pendulum import SETS
+    from rl_core.settings import read_tables
     from rl_core.trainers.control import course
     from rl_core.verify.control import PENDULUM, content_of, environment, judged, transitions
 
-    logged = None if data is None else transitions(data, seed or 0)
+    given = read_tables(settings).get("schedule", {}).get("seed", 0) if seed is None else seed  # a set is drawn by the run's seed
+    logged = None if data is None else transitions(data, given)
     told = {"data": "none" if data is None else data if data in SETS else content_of(data), "env": env}
     made = course(
         method,
@@ -171,7 +173,7 @@ def _train_control(
         told=told,
         device=device,
     )
-    judge = partial(judged, seed=seed or 0, env=env)
+    judge = partial(judged, seed=given, env=env)
     said = "return ?"
 
     def told_of(row: Mapping[str, float]) -> None:
@@ -186,9 +188,11 @@ def _train_control(
 @rl_app.command("eval")
 def evaluate_checkpoint(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `train --out` wrote.")],
-    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Of language models: how many fixed prompts.")] = 1024,
-    episodes: Annotated[int, typer.Option("--episodes", min=2, help="Of control: how many.")] = 100,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of control: of the episodes, and of a mixture's learners.")] = 0,
+    prompts: Annotated[int | None, typer.Option("--prompts", min=1, help="Of language models: fixed prompts; 1,024.")] = None,
+    episodes: Annotated[int | None, typer.Option("--episodes", min=2, help="Of control: how many; 100.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Of control: of the episodes, and of a mixture's learners; 0.")
+    ] = None,
     json_: AsJson = False,
 ) -> None:
     """pass@1 of a checkpoint on its task, or the mean return of its policy in its environment, with the standard error."""
@@ -198,9 +202,11 @@ def evaluate_checkpoint(
 
         about = load_checkpoint(folder)["about"]
         if family_of(find(about["method"]["name"])) == "token":
-            told, said = _evaluate_tokens(folder, prompts)
+            _refuse({"--episodes": episodes, "--seed": seed}, "they are of control")
+            told, said = _evaluate_tokens(folder, prompts or 1024)
         else:
-            told, said = _evaluate_control(folder, about["env"], episodes, seed)
+            _refuse({"--prompts": prompts}, "they are of language models")
+            told, said = _evaluate_control(folder, about["env"], episodes or 100, seed or 0)
         typer.echo(json.dumps(told) if json_ else said)
 
 

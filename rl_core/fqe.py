@@ -30,11 +30,17 @@ TargetPolicy = Callable[[Tensor, Draw], Tensor]
 SLACK = 0.006
 """Of the range between the lowest and the highest value that rewards allow: how far beyond counts as impossible."""
 
+EPISODES = 20
+"""Least episodes of a comparison: drawn anew, fewer tell too little of how far other logs would be."""
+
 FITS = 3
 """Least fits of either policy in a comparison."""
 
 RESAMPLED = 1
 """Beside a fit's seed: the stream that draws its episodes."""
+
+REACH = 0.98
+"""Least share of the horizon that backups must cover."""
 
 ALARM = 0.05
 """Share of starts with impossible values from which on an estimate is not to be believed."""
@@ -97,12 +103,14 @@ class FQE:
         """Several fits, each from a seed of its own and on as many episodes drawn anew from the data, with replacement.
 
         What `paired` needs to know how far such data, and such fits, are from others. Two policies have the same draws. Raises
-        InputError for data of fewer than two episodes.
+        InputError for data of fewer than 20 episodes.
         """
         made = list[FittedQ]()
         for one in range(count):
             settings = replace(self, seed=self.seed + one)
-            made.append(replace(settings.fit(resampled(data, settings.seed), policy, progress), data=_mark(data)))
+            found = settings.fit(resampled(data, settings.seed), policy, progress)
+            lowest, highest = _bounds(data.reward, self.discount)  # of all rewards: a draw may have none of the rare ones
+            made.append(replace(found, lowest=lowest, highest=highest, data=_mark(data), episodes=len(counts(data))))
         return tuple(made)
 
 
@@ -118,6 +126,8 @@ class FittedQ:
     highest: float
     data: tuple[float, ...]
     """Rows, and sums of rewards and observations: what tells one data set from another."""
+    episodes: int = 0
+    """Of the data from which those of this fit were drawn anew, by `FQE.fits`; 0: it is of the data as they are."""
 
     @torch.no_grad()
     def values(self, obs: Tensor, draws: int = 8, seed: int = 0) -> NDArray[np.float64]:
@@ -170,34 +180,44 @@ def paired(candidate: Sequence[FittedQ], baseline: Sequence[FittedQ], starts: Te
     seeds = [[one.settings.seed for one in some] for some in (candidate, baseline)]
     if seeds[0] != seeds[1] or len(set(seeds[0])) < len(seeds[0]):
         raise InputError(f"found fits of seeds {seeds[0]} and {seeds[1]}; expected the same of both, each once, by FQE.fits")
+    if not all(one.episodes for one in every):
+        raise InputError("found fits of the data as they are; expected those of FQE.fits, each of episodes drawn anew")
     values = [np.stack([one.values(starts) for one in some]) for some in (candidate, baseline)]
     apart = values[0] - values[1]
     between_fits, between_starts = apart.mean(axis=1), apart.mean(axis=0)
     count, n = apart.shape
-    stderr = math.sqrt(between_fits.var(ddof=1) + between_starts.var(ddof=1) / n)
+    episodes = candidate[0].episodes
+    among = episodes / (episodes - 1) * between_fits.var(ddof=1)  # n drawn anew spread by (n - 1) / n of what others would
+    stderr = math.sqrt(among + between_starts.var(ddof=1) / n)
     reasons = [
         f"{who}: {share:.0%} of starts have values that rewards do not allow; the data do not support it"
         for who, fits, found in (("candidate", candidate, values[0]), ("baseline", baseline, values[1]))
         if (share := float(np.mean([one.impossible(some) for one, some in zip(fits, found, strict=True)]))) > ALARM
     ]
-    if candidate[0].settings.reach < 0.98:
+    if candidate[0].settings.reach < REACH:
         reasons.append(f"backups cover {candidate[0].settings.reach:.0%} of the horizon; expected 98 %: fit for longer")
     low = float(apart.mean() - stats.t.ppf(level, count - 1) * stderr)
     return Paired(float(apart.mean()), stderr, low, level, n, count, tuple(reasons))
 
 
 def resampled(data: Transitions, seed: int) -> Transitions:
-    """As many episodes as there are, drawn with replacement. Raises InputError for fewer than two."""
-    episode = numbered(data)
-    lengths = torch.bincount(episode)
-    if len(lengths) < 2:
-        raise InputError("found one episode; expected at least two: how sure a difference is, is seen between episodes")
+    """As many episodes as there are, drawn with replacement. Raises InputError for fewer than 20."""
+    lengths = counts(data)
+    if len(lengths) < EPISODES:
+        raise InputError(
+            f"found {len(lengths)} episodes; expected at least {EPISODES}: how sure a difference is, is seen between them"
+        )
     first = lengths.cumsum(dim=0) - lengths
     rng = np.random.default_rng((seed, RESAMPLED))
     drawn = torch.as_tensor(rng.integers(len(lengths), size=len(lengths)))
     long = lengths[drawn]
     age = torch.arange(int(long.sum())) - (long.cumsum(dim=0) - long).repeat_interleave(long)
     return data.rows(first[drawn].repeat_interleave(long) + age)
+
+
+def counts(data: Transitions) -> Tensor:
+    """(episodes,) rows of each."""
+    return torch.bincount(numbered(data))
 
 
 def _mark(data: Transitions) -> tuple[float, ...]:

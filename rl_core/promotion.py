@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ope.data import InputError
 from rl_core.families.offline import Draw, Transitions
-from rl_core.fqe import FQE, Paired, TargetPolicy, paired
+from rl_core.fqe import FQE, REACH, Paired, TargetPolicy, counts, paired
 from rl_core.scaling import Scaling
 from rl_core.support import SAMPLE, nearest_pairs, overlap
 from rl_core.trainers.offline import Act
@@ -52,8 +52,14 @@ def compared(
 ) -> Verdict:
     """Paired FQE of two policies from the starts of the episodes of held-out data, several fits of each.
 
-    Raises InputError for data of fewer than two episodes, fewer than three fits, and policies of other sizes than the data.
+    Raises InputError for data of fewer than 20 episodes, fewer than three fits, fits that do not reach over the horizon, and
+    policies of other sizes than the data.
     """
+    if settings.reach < REACH:
+        raise InputError(
+            f"steps: found {settings.steps}, whose backups cover {settings.reach:.0%} of the horizon; expected at least "
+            f"{math.ceil(math.log(1 - REACH) / math.log(settings.discount) / settings.tau):,}"
+        )
     for who, policy in (("candidate", candidate), ("baseline", baseline)):
         check_sizes(who, policy, data)
     size = max(float(data.reward.abs().max()), 1e-12) / (1 - settings.discount)
@@ -79,19 +85,16 @@ def check_sizes(who: str, policy: Act, data: Transitions) -> None:
     """Raises InputError for a policy that does not take the data's observations, or acts in other dimensions."""
     try:
         found = policy(data.obs[:1].double().numpy()).shape[1]
-    except RuntimeError as error:
-        raise InputError(f"{who}: found a policy of other observations than the data's {data.sizes[0]} ({error})") from None
+    except InputError as error:
+        raise InputError(f"{who}: {error}") from None
     if found != data.sizes[1]:
         raise InputError(f"{who}: found actions of {found} numbers; expected {data.sizes[1]}, as the data have")
 
 
 def starts(data: Transitions) -> Tensor:
-    """Observations (n, S) with which episodes begin. Raises InputError for fewer than two."""
-    ended = (data.terminated > 0) | (data.truncated > 0)
-    first = torch.cat((torch.ones(1, dtype=torch.bool), ended[:-1].cpu()))
-    if int(first.sum()) < 2:
-        raise InputError("held-out data: found one episode; expected at least two: it is from their starts that policies differ")
-    return data.obs[first]
+    """Observations (n, S) with which episodes begin."""
+    lengths = counts(data)
+    return data.obs[lengths.cumsum(dim=0) - lengths]
 
 
 def unsupported(policy: Act, data: Transitions) -> tuple[float, bool]:

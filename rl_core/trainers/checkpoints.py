@@ -40,7 +40,7 @@ def read_checkpoint(folder: Path | None, about: Mapping[str, Any], steps: int) -
         raise InputError(f"{folder}: found a run of another {', '.join(differs)}; expected the same to go on, or a new folder")
     if kept["asked"] > steps:
         raise InputError(f"{folder}: found a run of {kept['asked']} steps; expected at least as many, not {steps}")
-    _write_metrics(folder, kept["rows"])  # rows of steps after it will come again
+    write_metrics(folder, kept["rows"])  # rows of steps after it will come again
     return kept["trainer"], kept["rows"]
 
 
@@ -50,10 +50,12 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder / CHECKPOINT}: found none; expected that of a run: propel rl train METHOD --out {folder}")
     try:
         kept: dict[str, Any] = torch.load(folder / CHECKPOINT, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, UnpicklingError) as error:
+    except (RuntimeError, EOFError, UnpicklingError, OSError, ValueError, LookupError) as error:
         raise InputError(
             f"{folder / CHECKPOINT}: found a damaged file ({error}); expected a whole checkpoint: train anew"
         ) from None
+    if not isinstance(kept, dict) or not {"trainer", "rows", "about", "asked"} <= set(kept):
+        raise InputError(f"{folder / CHECKPOINT}: found something else; expected the checkpoint of a run")
     return kept
 
 
@@ -97,7 +99,8 @@ def save(path: Path, content: Any) -> None:
     sync(path.parent)
 
 
-def _write_metrics(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
+def write_metrics(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """All lines, in the place of those that were there."""
     part = (folder / METRICS).with_suffix(".part")
     part.write_text("".join(json.dumps(row) + "\n" for row in rows))
     part.replace(folder / METRICS)
@@ -105,7 +108,7 @@ def _write_metrics(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any], where: str = "") -> set[str]:
     """Dotted names of what is not the same; of records of other kinds, their names alone."""
-    if one.get("name") != other.get("name"):
+    if any(one.get(name) != other.get(name) for name in ("name", "kind")):
         return {where.removesuffix(".") or "name"}
     found = set()
     for name in one.keys() | other.keys():

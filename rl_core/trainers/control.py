@@ -81,15 +81,21 @@ class Course:
             while self.done() < self.total:
                 self._until(min((self.done() // every + 1) * every, self.total), folder, rows, progress)
                 rows.append({**self.metrics(), "step": self.done(), **judge(self.policies)})
-                if not math.isfinite(rows[-1].get("return", 0.0)):
-                    raise InputError(
-                        f"step {self.done()}: found a return of {rows[-1]['return']}; expected a number: the run has diverged. Try "
-                        "smaller learning rates or another reward_scale"
-                    )
+                self._refuse_diverged(rows[-1].get("return", 0.0))
                 append_metrics(folder, rows[-1])
                 progress(rows[-1])
                 self._keep(folder, rows)
         return rows
+
+    def _refuse_diverged(self, earned: float) -> None:
+        """Raises InputError where a return or a weight is not a number: choices of broken weights still earn something."""
+        holder = self.trainer if hasattr(self.trainer, "nets") else self.trainer.learner
+        nets: nn.Module = holder.nets
+        if not math.isfinite(earned) or not all(bool(weight.isfinite().all()) for weight in nets.parameters()):
+            raise InputError(
+                f"step {self.done()}: found a return of {earned}, or weights, that are no numbers; expected numbers: the run has "
+                "diverged. Try smaller learning rates or another reward_scale"
+            )
 
     def _until(self, step: int, folder: Path | None, rows: Rows, progress: Callable[[Mapping[str, float]], object]) -> None:
         """Go on to a step, kept every few minutes."""
@@ -97,7 +103,7 @@ class Course:
         while self.done() < step:
             self.stretch(min(step - self.done(), PIECE))
             progress({"step": self.done()})
-            if time.monotonic() - kept > KEPT:
+            if self.done() < step and time.monotonic() - kept > KEPT:  # at the step itself its row comes first
                 self._keep(folder, rows)
                 kept = time.monotonic()
 
@@ -243,12 +249,19 @@ def load_policy(folder: Path | str, episodes: int = 1, seed: int = 0) -> Act:
     `episodes`: how many go on side by side; of a mixture each has a learner that is drawn for it. Raises InputError for a folder
     without a checkpoint, or of a run that learned no control.
     """
-    kept = load_checkpoint(Path(folder))
+    try:
+        return policy_of(load_checkpoint(Path(folder)), episodes, seed)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None
+
+
+def policy_of(kept: Mapping[str, Any], episodes: int = 1, seed: int = 0) -> Act:
+    """The same of a checkpoint's content."""
     settings, state = dict(kept["about"]["method"]), kept["trainer"]
     made = method_from({"method": settings.pop("name"), **settings})
     family = family_of(type(made))
     if family == "token":
-        raise InputError(f"{folder}: found a run of {type(made).__name__}; expected one that learned control")
+        raise InputError(f"found a run of {type(made).__name__}; expected one that learned control")
     if "running" in state:
         sizes, scaling = Sizes(**state["sizes"]), Running(**state["running"]).scaling()
         policy = _loaded((ChoicePolicy if state["choices"] else NormalPolicy)(sizes), state["nets"], "policy.")
@@ -271,10 +284,12 @@ def _loaded(module: nn.Module, weights: Mapping[str, Any], prefix: str) -> nn.Mo
 
 
 def _acting(actor: Callable[[Tensor], Tensor], scaling: Scaling) -> Act:
-    """A module as a function of arrays."""
+    """A module as a function of arrays. It raises InputError for observations of another size, which might be spread unseen."""
 
     @torch.no_grad()
     def act(obs: NDArray[np.float64]) -> NDArray[np.float64]:
+        if obs.shape[1:] != scaling.mean.shape:
+            raise InputError(f"found observations of {obs.shape[1:]}; expected {tuple(scaling.mean.shape)}, as the policy learned")
         return np.asarray(actor(scaling.apply(torch.as_tensor(obs, dtype=torch.float32))).double().numpy())
 
     return act

@@ -414,15 +414,15 @@ def run(
     (`kept`). A run that was killed goes on at its last evaluation, to the bit. Raises InputError for the folder of another run, and
     for a folder and several ranks: a checkpoint is of one process.
     """
+    if folder is not None and trainer.ranks.count > 1:
+        raise InputError(
+            f"found a folder and {trainer.ranks.count} ranks; expected no folder: each would write its own part of the weights"
+        )
     with alone(folder):
         return _run(trainer, folder, progress)
 
 
 def _run(trainer: Trainer, folder: Path | None, progress: Callable[[dict[str, float]], object]) -> Rows:
-    if folder is not None and trainer.ranks.count > 1:
-        raise InputError(
-            f"found a folder and {trainer.ranks.count} ranks; expected no folder: each would write its own part of the weights"
-        )
     schedule = trainer.schedule
     about = identity(trainer.method, schedule, task=type(trainer.task).__name__)
     state, rows = read_checkpoint(folder, about, schedule.steps)

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ope.data import InputError
 from rl_core.trainers.checkpoints import Rows
 
 
@@ -98,7 +99,11 @@ def _begin(arm: Arm, folder: Path) -> None:
 def _finish(arm: Arm, path: Path, folder: Path) -> None:
     """Run an arm in a process of its own, and keep it under the key that it had when it was asked for."""
     torch.set_num_threads(1)
-    keep(path, json.dumps(arm.run(folder)).encode())
+    try:
+        rows = arm.run(folder)
+    except InputError as error:
+        raise InputError(f"{arm.name}: {error}") from None
+    keep(path, json.dumps(rows).encode())
 
 
 def keep(path: Path, content: bytes) -> None:

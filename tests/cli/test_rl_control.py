@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from ope.data import InputError
 from propel import app
 from rl_core.envs.pendulum import Pendulum, dataset
 from rl_core.methods.td3_bc import TD3BC
@@ -165,6 +166,8 @@ def test_a_run_is_kept_between_evaluations(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         made().run(lambda policies: {}, tmp_path)
     monkeypatch.setattr(OfflineTrainer, "advance", real)
+    with pytest.raises(InputError, match="step 20: found a return of nan"):  # the last piece leaves nothing behind without its row
+        made().run(lambda policies: {"return": float("nan")}, tmp_path)
     last = made()
     found = last.run(lambda policies: {}, tmp_path)
     assert [{**row, "cpu_seconds": 0} for row in found] == [{**row, "cpu_seconds": 0} for row in rows]

@@ -12,12 +12,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ope.data import InputError
 from propel import app
 from rl_core.data import write_parquet
 from rl_core.envs.pendulum import Mixed, Pendulum, dataset, expert
 from rl_core.fqe import FQE
 from rl_core.promotion import compared, starts, unsupported
+from rl_core.trainers.checkpoints import alone, load_checkpoint
 from rl_core.trainers.control import load_policy
 from rl_core.trainers.offline import returns
 
@@ -62,6 +62,8 @@ def test_the_better_policy_takes_the_place_of_the_other(runs: Path, tmp_path: Pa
     assert told["starts"] == 100
     obs = np.random.default_rng(0).normal(size=(7, 3))
     np.testing.assert_array_equal(load_policy(serving)(obs), load_policy(runs / "long")(obs))
+    assert (serving / "metrics.jsonl").read_text() == (runs / "long" / "metrics.jsonl").read_text()
+    assert load_checkpoint(serving)["promotion"]["low"] == told["low"]
     (line,) = (serving / "promotions.jsonl").read_text().splitlines()
     assert json.loads(line)["low"] == told["low"]
     code, told = promote(str(runs / "short"), "--over", str(serving), "--data", "pend-eps60", "--seed", "1", "--to", str(serving))
@@ -72,22 +74,20 @@ def test_the_better_policy_takes_the_place_of_the_other(runs: Path, tmp_path: Pa
 
 
 def test_what_speaks_against_the_numbers_stops_a_promotion(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Better beyond doubt, but for one reason each: values that rewards do not allow, too few backups, actions beyond the data."""
+    """Better beyond doubt, but for one reason each: values that rewards do not allow, actions beyond the data."""
     words = ("rl", "promote", str(runs / "long"), "--over", str(runs / "short"), "--data", "pend-eps60", "--seed", "1", "--json")
-    for discount, steps, share, said in (
-        ("0.9", "800", 0.2, "beyond the data"), ("0.99", "300", 0.0, "of the horizon"), ("0.9", "800", 0.0, "rewards do not allow")
-    ):  # fmt: skip
+    for share, said in ((0.2, "beyond the data"), (0.0, "rewards do not allow")):
         with monkeypatch.context() as patch:
             patch.setattr("rl_core.promotion.unsupported", lambda policy, data, share=share: (share, share > 0.05))
             patch.setattr("rl_core.fqe.FittedQ.impossible", lambda self, values, said=said: 0.5 * ("allow" in said))
             patch.setattr("rl_core.fqe.FittedQ.values", better(runs))
-            options = ["--discount", discount, "--steps", steps, "--fits", "3", "--width", "8", "--to", str(tmp_path / "to")]
+            options = ["--discount", "0.9", "--steps", "800", "--fits", "3", "--width", "8", "--to", str(tmp_path / "to")]
             result = RUNNER.invoke(app, [*words, *options])
         told = json.loads(result.stdout)
         assert told["low"] > 0
         assert (result.exit_code, told["promotes"]) == (1, False)
         assert any(said in reason for reason in told["reasons"]), told["reasons"]
-    assert not (tmp_path / "to").exists()
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["lock"]
 
 
 def better(runs: Path) -> Any:
@@ -102,17 +102,47 @@ def better(runs: Path) -> Any:
     return values
 
 
+def test_nobody_writes_where_a_promotion_is_decided(runs: Path, tmp_path: Path) -> None:
+    words = ["rl", "promote", str(runs / "long"), "--over", str(runs / "short"), "--data", "pend-rand", "--to", str(tmp_path)]
+    with alone(tmp_path):
+        result = RUNNER.invoke(app, words)
+    assert (result.exit_code, "still going on there" in result.stderr.replace("\n", " ")) == (2, True)
+
+
+def test_a_set_is_drawn_by_the_seed_of_the_run_wherever_it_is_said(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text("[schedule]\nseed = 5\nwidth = 8\nbatch = 8\n")
+    words = ["rl", "train", "bc", "--data", "pend-exp10", "--settings", str(tmp_path / "settings.toml"), "--steps", "1"]
+    assert RUNNER.invoke(app, [*words, "--out", str(tmp_path / "out")]).exit_code == 0
+    mean = load_checkpoint(tmp_path / "out")["trainer"]["scaling"]["mean"]
+    torch.testing.assert_close(mean, dataset("pend-exp10", 5).obs.mean(dim=0), rtol=1e-4, atol=1e-5)
+    result = RUNNER.invoke(
+        app, ["rl", "promote", str(tmp_path / "out"), "--over", str(runs / "short"), "--data", "pend-exp10", "--seed", "5"]
+    )
+    assert (result.exit_code, "of seed 5, which taught" in result.stderr.replace("\n", " ")) == (2, True)
+
+
 def test_what_cannot_be_compared_is_refused(runs: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     damaged.mkdir()
-    (damaged / "checkpoint.pt").write_bytes((runs / "long" / "checkpoint.pt").read_bytes()[:100])
-    taught = ["--data", "pend-eps60"]  # of seed 0, as in training
+    whole = (runs / "long" / "checkpoint.pt").read_bytes()
+    (damaged / "checkpoint.pt").write_bytes(whole[:100])
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    taught, held_out = ["--data", "pend-eps60"], ["--data", "pend-eps60", "--seed", "1"]  # of seed 0, as in training; of another
+    (tmp_path / "foreign").mkdir()
+    torch.save({"state_dict": {}}, tmp_path / "foreign" / "checkpoint.pt")
     other = tmp_path / "other.parquet"
     write_parquet(other, replace(dataset("pend-rand", 0), obs=torch.zeros(20_000, 2), next_obs=torch.zeros(20_000, 2)))
     for first, options, said in (
         (runs / "long", taught, "found pend-eps60 of seed 0, which taught"),
         (damaged, ["--data", "pend-rand"], "found a damaged file"),
-        (runs / "long", ["--data", str(other)], "candidate: found a policy of other observations than the data's 2"),
+        (half, ["--data", "pend-rand"], "found a damaged file"),
+        (runs / "long", ["--data", "pend-mix10"], "found pend-mix10 of seed 0, which taught"),  # its expert episodes are the same
+        (tmp_path / "foreign", ["--data", "pend-rand"], "found something else; expected the checkpoint of a run"),
+        (runs / "long", ["--data", str(other)], "candidate: found observations of (2,); expected (3,)"),
+        (runs / "long", [*held_out, "--steps", "300"], "whose backups cover 14% of the horizon; expected at least 7,785"),
+        (runs / "long", ["--data", "pend-exp10", "--seed", "3"], "found 10 episodes; expected at least 20"),
     ):
         result = RUNNER.invoke(app, ["rl", "promote", str(first), "--over", str(runs / "short"), *options])
         assert result.exit_code == 2, (result.stdout, result.exception)
@@ -164,8 +194,7 @@ def test_where_the_data_say_nothing() -> None:
     share, alarm = unsupported(lambda obs: expert(obs, np.random.default_rng(0)), narrow)
     assert (share, alarm) == (0.0, False)  # it is what was logged
     assert len(starts(narrow)) == 10
-    with pytest.raises(InputError, match="found one episode"):
-        starts(narrow.rows(slice(0, 200)))
+    assert torch.equal(starts(narrow), narrow.obs[::200])
 
 
 @pytest.mark.parametrize("method", ["ailboost", "ControlPPO", "sac"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ope.data import InputError
-from rl_core.families.offline import Draw, Transitions, numbered
-from rl_core.fqe import ALARM, FQE, paired, resampled
+from rl_core.families.offline import Draw, Transitions
+from rl_core.fqe import ALARM, FQE, counts, paired, resampled
 from rl_core.verify.fitted import ERROR, Target, fitted, logged, starts, truth
 
 
@@ -109,7 +110,7 @@ def test_uniform_data_raise_the_alarm_of_an_expert() -> None:
     assert good.impossible(good.values(starts())) > ALARM
     assert poor.impossible(poor.values(starts())) <= ALARM
     assert good.values(starts()).mean() > poor.values(starts()).mean() + 10  # the number alone would promote
-    several = [[replace(one, settings=replace(one.settings, seed=seed)) for seed in range(3)] for one in (good, poor)]
+    several = [[replace(one, settings=replace(one.settings, seed=seed), episodes=100) for seed in range(3)] for one in (good, poor)]
     found = paired(several[0], several[1], starts())
     assert not found.promotes
     assert "candidate" in found.reasons[0]
@@ -125,7 +126,7 @@ def test_a_pair_is_compared_from_the_same_starts_over_several_fits() -> None:
     found = paired(good, poor, starts())
     apart = np.stack([one.values(starts()) - other.values(starts()) for one, other in zip(good, poor, strict=True)])
     assert found.difference == pytest.approx(apart.mean())
-    expected = apart.mean(axis=1).var(ddof=1) + apart.mean(axis=0).var(ddof=1) / 400
+    expected = 100 / 99 * apart.mean(axis=1).var(ddof=1) + apart.mean(axis=0).var(ddof=1) / 400
     assert found.stderr == pytest.approx(expected**0.5)
     assert found.promotes, found
     assert not paired(poor, good, starts()).promotes
@@ -142,14 +143,36 @@ def test_fits_are_of_episodes_drawn_anew() -> None:
     assert set(begun) <= whole
     assert 50 < len(set(begun)) < 75  # of 100: 63 are expected
     assert torch.equal(one.next_obs[:199], one.obs[1:200])
-    uneven = data.rows(slice(150, 460))  # episodes of 50, 200 and 60 steps
-    lengths = torch.bincount(numbered(uneven))
-    assert lengths.tolist() == [50, 200, 60]
+    uneven = data.rows(slice(150, 4060))  # episodes of 50 steps, 19 of 200, and 60 that were not finished
+    assert counts(uneven).tolist() == [50, *[200] * 19, 60]
     drawn = resampled(uneven, 3)
-    assert int(drawn.truncated.sum()) <= 3
-    assert {tuple(row) for row in drawn.obs.tolist()} <= {tuple(row) for row in uneven.obs.tolist()}
-    with pytest.raises(InputError, match="found one episode"):
-        resampled(data.rows(slice(200)), 0)
+    places = {tuple(row): place for place, row in enumerate(uneven.obs.tolist())}
+    order = torch.tensor([places[tuple(row)] for row in drawn.obs.tolist()])
+    whole = [(int(start), int(stop)) for start, stop in zip(*edges(order), strict=True)]
+    ends = np.cumsum([0, *counts(uneven).tolist()]).tolist()
+    assert len(whole) == 21
+    assert set(whole) <= set(pairwise(ends))
+    with pytest.raises(InputError, match="found 19 episodes; expected at least 20"):
+        resampled(data.rows(slice(3800)), 0)
+
+
+def edges(order: Tensor) -> tuple[Tensor, Tensor]:
+    """Of places of rows: where every stretch of consecutive ones begins and ends."""
+    jump = (order[1:] != order[:-1] + 1).nonzero()[:, 0] + 1
+    starts_ = torch.cat((torch.zeros(1, dtype=torch.long), jump))
+    stops = torch.cat((jump, torch.tensor([len(order)]))) - 1
+    return order[starts_], order[stops] + 1
+
+
+def test_bounds_are_of_all_rewards_and_fits_of_whole_data_are_no_comparison() -> None:
+    rare = decisions(0, 60)
+    rare = replace(rare, reward=(torch.arange(60) == 7).float())
+    fits = FQE(discount=0.0, steps=2, batch=8, width=4).fits(rare, still, 5)
+    assert any(float(resampled(rare, seed).reward.max()) == 0 for seed in range(5))
+    assert {one.highest for one in fits} == {1.0}
+    plain = [FQE(discount=0.0, steps=2, batch=8, width=4, seed=seed).fit(rare, still) for seed in range(5)]
+    with pytest.raises(InputError, match=r"expected those of FQE\.fits"):
+        paired(plain, plain, rare.obs)
 
 
 def decisions(seed: int, rows: int = 200) -> Transitions:

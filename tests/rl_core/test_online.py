@@ -29,6 +29,7 @@ from rl_core.methods.sac import SAC
 from rl_core.methods.trpo import NPG, TRPO
 from rl_core.models.mlp import Sizes
 from rl_core.models.policies import NormalPolicy
+from rl_core.trainers.control import fresh
 from rl_core.trainers.offline import OfflineSchedule, returns
 from rl_core.trainers.online import UNIFORM, OnlineSchedule, OnlineTrainer, ReplaySchedule, ReplayTrainer, Running
 from tests.rl_core.online_methods import collected
@@ -368,3 +369,20 @@ def _inline(value: Any) -> str:
 @pytest.mark.parametrize("method", METHODS, ids=lambda one: type(one).__name__)
 def test_settings_survive_toml_and_say_where_they_are_from(method: Any) -> None:
     round_trip(method)
+
+
+def test_broken_weights_are_found_though_choices_still_earn() -> None:
+    """A policy of weights that are no numbers chooses the first choice, whose return is a number."""
+    env = Probe("constant", discrete=True)
+    run = fresh(ControlPPO(), env, OnlineSchedule(steps=8, horizon=8, width=8), told={})
+    real = run.trainer.advance
+
+    def broken() -> dict[str, float]:
+        found: dict[str, float] = real()
+        with torch.no_grad():
+            next(run.trainer.nets.parameters()).fill_(math.nan)
+        return found
+
+    run.trainer.advance = broken
+    with pytest.raises(InputError, match=r"step 8: found a return of 1\.0, or weights, that are no numbers"):
+        run.run(lambda policies: {"return": float(returns(policies(4), env, 4, np.random.default_rng(0)).mean())})
