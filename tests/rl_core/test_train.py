@@ -159,7 +159,7 @@ def test_the_folder_of_another_run_is_refused(start: LM, tmp_path: Path) -> None
     run(Trainer(GRPO(), Fillers(), SHORT, start), tmp_path)
     others = {
         "method.eps_high": Trainer(GRPO(eps_high=0.28), Fillers(), SHORT, start),
-        "method.name": Trainer(REINFORCE(), Fillers(), SHORT, start),
+        "method; expected": Trainer(REINFORCE(), Fillers(), SHORT, start),
         "schedule.seed": Trainer(GRPO(), Fillers(), replace(SHORT, seed=1), start),
         "task": Trainer(GRPO(), Addition(), SHORT, start),
     }
