@@ -14,7 +14,7 @@ from rl_core.methods.trpo import NPG, TRPO
 from rl_core.verify.arms import Arms
 from rl_core.verify.control import PENDULUM, OnlineArm
 from rl_core.verify.imitation import arms_of
-from rl_core.verify.margins import SEEDS, Margin, at_least, mean
+from rl_core.verify.margins import SEEDS, Margin, above, at_least, mean
 
 FRESH, REPLAY, JUDGED = 153_600, 12_000, 20_000
 """Steps from fresh batches, 75 of them, from replay, and against a judge: two thirds of AILBoost's."""
@@ -73,13 +73,16 @@ def judged(arms: Arms, seeds: Sequence[int]) -> list[Margin]:
 
 
 def inner_steps(arms: Arms) -> list[Margin]:
-    """MDPO with ten steps on a batch beside one, of MuJoCo: told, since the page expects more of ten but did not calibrate it."""
+    """MDPO with ten steps on a batch beside one, of MuJoCo: the page expects more of ten on every seed.
+
+    Seeds 0 to 2 of the inverted pendulum: 110, 133, 155 and 39, 36, 34; of the hopper: 374, 500, 397 and 232, 200, 220.
+    """
     margins = []
     for env, steps in WALKS.items():
         wanted = [OnlineArm(method, env, steps, seed, references=(0.0, 1000.0)) for method in INNER for seed in range(SEEDS)]
         found = [one[-1]["return"] for one in arms.run(wanted)]
-        ten, one = (", ".join(f"{value:,.0f}" for value in found[start : start + SEEDS]) for start in (0, SEEDS))
-        margins.append(Margin(f"{env}: returns after {steps:,} steps, by seed", "are told", f"{ten} (m=10), {one} (m=1)", True))
+        gains = [ten - one for ten, one in zip(found[:SEEDS], found[SEEDS:], strict=True)]
+        margins.append(above(f"{env}: return after {steps:,} steps, ten on a batch above one, the smallest", min(gains)))
     return margins
 
 
