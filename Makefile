@@ -25,14 +25,15 @@ tests: .venv/.dev
 faults: .venv/.dev
 	PROPEL_KILLS=60 $(BIN)/python -m pytest tests/faults tests/nightly/test_ingest.py tests/bandits/test_sampling.py
 
-# what only many runs can show: an hour. Runs that are done are kept in .verify, and not made again
+# what only many runs can show: two hours. Runs that are done are kept in .verify, and not made again
 VERIFIED = reinforce grpo rec opmd asymre bapo mdpo offpolicymdpo trpo sac dac ailboost bc td3 td3bc iql awac cql prdc
 verify: .venv/.dev
 	$(BIN)/python -m tests.verify.closed_loop --runs 200
 	$(BIN)/python -m benchmarks.loop --decisions 1000000 --folder .verify/loop
 	for method in $(VERIFIED); do $(BIN)/propel rl verify $$method || exit 1; done
+	$(MAKE) verify-cheetah
 
-# scores on a data set of our own making: an hour and more. Needs MuJoCo; runs that are done are kept
+# the part of it that needs MuJoCo: scores on a data set of our own making. Half an hour
 verify-cheetah: .venv/.dev
 	$(PIP) '.[mujoco]'
 	for method in controlppo mdpo; do $(BIN)/propel rl verify $$method || exit 1; done
