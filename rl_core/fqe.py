@@ -158,7 +158,7 @@ class Paired:
 
     @property
     def promotes(self) -> bool:
-        """Whether the candidate may go one step on: it is better beyond doubt, and nothing speaks against the numbers."""
+        """Whether the candidate may go one step on: the interval is above 0, and nothing speaks against the numbers."""
         return self.low > 0 and not self.reasons
 
 

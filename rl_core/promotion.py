@@ -36,7 +36,7 @@ class Verdict:
 
     @property
     def promotes(self) -> bool:
-        """Better beyond doubt, and nothing speaks against the numbers."""
+        """The interval of the difference is above 0, and nothing speaks against the numbers."""
         return self.paired.low > 0 and not self.reasons
 
 

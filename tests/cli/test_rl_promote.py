@@ -74,7 +74,7 @@ def test_the_better_policy_takes_the_place_of_the_other(runs: Path, tmp_path: Pa
 
 
 def test_what_speaks_against_the_numbers_stops_a_promotion(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Better beyond doubt, but for one reason each: values that rewards do not allow, actions beyond the data."""
+    """An interval above 0, but for one reason each: values that rewards do not allow, actions beyond the data."""
     words = ("rl", "promote", str(runs / "long"), "--over", str(runs / "short"), "--data", "pend-eps60", "--seed", "1", "--json")
     for share, said in ((0.2, "beyond the data"), (0.0, "rewards do not allow")):
         with monkeypatch.context() as patch:
